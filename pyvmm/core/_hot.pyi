@@ -1,0 +1,110 @@
+"""The contract of the C extension: paths too hot for Python. Built from pyvmm/core/hot/*.c."""
+
+from collections.abc import Sequence
+from mmap import mmap
+
+class Memory:
+    """Guest memory for C code: the one place where a GPA becomes an address, with its bounds checked."""
+
+    def add(self, gpa: int, buffer: mmap | bytearray | memoryview, readonly: bool, /) -> None:
+        """Add a region. The buffer stays exported (and so mapped) as long as this object lives."""
+
+class RingError(ValueError):
+    """The other side left a ring in a state that no correct guest leaves it in."""
+
+Packet = tuple[int, int, int, bytes, bytes]
+"""(type, flags, transaction id, extra header bytes after the 16-byte descriptor, payload)."""
+
+class Ring:
+    """One direction of a VMBus channel: a control page and its data pages in guest memory.
+
+    `pages` are the guest page numbers, control page first. Raises ValueError unless there are a control
+    page and at least one data page, all inside writable guest RAM.
+    """
+
+    size: int
+    """Bytes of the data area."""
+
+    def __init__(self, memory: Memory, pages: Sequence[int], /) -> None: ...
+    def init_incoming(self) -> None:
+        """Host is reader: set the interrupt mask, as a host does before the channel opens."""
+
+    def init_outgoing(self) -> None:
+        """Host is writer: announce pending-send-size support (feature bit 0)."""
+
+    def read(self, limit: int, /) -> tuple[list[Packet], bool]:
+        """Take up to `limit` packets off the ring (host is reader).
+
+        Returns them and whether the writer must be signalled because it waits for the room that this
+        read made. Raises RingError for indices or packet lengths out of range; nothing is consumed then.
+        """
+
+    def mask(self, masked: bool, /) -> bool:
+        """Set the reader's interrupt mask, then return whether the ring holds data (re-checked after a full fence)."""
+
+    def write(self, packets: Sequence[Packet], /) -> tuple[int, bool]:
+        """Append whole packets in order while they fit (host is writer) and publish them at once.
+
+        The type-specific extra header stands between descriptor and payload; both are padded to 8 bytes
+        together. Returns how many were written and whether the reader must be signalled (empty to
+        non-empty and not masked). A packet larger than the ring raises ValueError.
+        """
+
+    def await_space(self, needed: int, /) -> bool:
+        """Set pending_send_size so that the reader signals once `needed` bytes are free; 0 clears it.
+
+        Returns whether that much is free already (re-checked after a full fence).
+        """
+
+    def inspect(self) -> dict[str, int]:
+        """Indices, mask, pending send size, size and free bytes as they are now."""
+
+class SynIC:
+    """The synthetic interrupt controller and the four synthetic timers of one VP. TLFS chapters 11 and 12.
+
+    MSR access and `scan` belong to the VP's own thread; `post` and `signal_event` to anybody. Times are
+    reference time in 100 ns. With `vm_fd` -1 interrupts are not sent to KVM but kept for `take_interrupts`.
+    """
+
+    def __init__(self, memory: Memory, vm_fd: int, vp_index: int, apic_id: int, /) -> None: ...
+    def set_space_event(self, eventfd: int, /) -> None:
+        """Write to `eventfd` when a queue that refused a message has room again; -1 for none."""
+
+    def read_msr(self, index: int, now: int, /) -> int | None:
+        """Return the MSR's value, or None where the guest must get #GP."""
+
+    def write_msr(self, index: int, value: int, now: int, /) -> bool:
+        """Write an MSR; False where the guest must get #GP."""
+
+    def post(self, sint: int, message_type: int, payload: bytes, /) -> bool:
+        """Queue a message; False if the queue is full. Masked SINT or SynIC off: dropped, as counted in `inspect`."""
+
+    def signal_event(self, sint: int, flag: int, /) -> bool:
+        """Set an event flag and interrupt on 0 to 1; False if the SynIC, its event page or the SINT is off."""
+
+    def scan(self, now: int, /) -> int:
+        """Deliver queued messages and due timers; return the next deadline in reference time, 0 for none."""
+
+    def take_interrupts(self) -> list[int]:
+        """Vectors raised since the last call (only with `vm_fd` -1)."""
+
+    def reset(self) -> None: ...
+    def save(self) -> dict[str, object]: ...
+    def restore(self, state: dict[str, object], /) -> None: ...
+    def inspect(self) -> dict[str, object]: ...
+
+class Doorbells:
+    """Event ports of one partition: connection id to eventfd, looked up by the VPs without the GIL."""
+
+    def __init__(self) -> None: ...
+    def connect(self, connection_id: int, eventfd: int, /) -> None:
+        """Raises ValueError if the id is taken, or RuntimeError if the table is full."""
+
+    def disconnect(self, connection_id: int, /) -> None:
+        """After this returns no VP writes to the eventfd any more."""
+
+    def signal(self, connection_id: int, flag: int, /) -> int:
+        """What HvSignalEvent does; returns the hypercall status."""
+
+    def inspect(self) -> dict[int, int]:
+        """Signals counted by connection id."""

@@ -1,0 +1,23 @@
+#include "hot.h"
+
+static struct PyModuleDef hot_module = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "pyvmm.core._hot",
+	.m_size = -1,
+};
+
+PyMODINIT_FUNC PyInit__hot(void)
+{
+	PyObject *module = PyModule_Create(&hot_module);
+	if (!module)
+		return NULL;
+	PyTypeObject *types[] = {&Memory_Type};
+	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+		if (PyModule_AddType(module, types[i]) < 0)
+			goto fail;
+	}
+	return module;
+fail:
+	Py_DECREF(module);
+	return NULL;
+}

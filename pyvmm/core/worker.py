@@ -1,0 +1,184 @@
+"""A thread that waits for eventfds, timers and calls from other threads."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import threading
+
+from pyvmm.core.clock import Clock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+
+class Timer:
+    """A pending `Worker.call_at`; `cancel` makes it do nothing."""
+
+    __slots__ = ("action", "deadline")
+
+    def __init__(self, deadline: int, action: Callable[[], None]) -> None:
+        self.deadline = deadline
+        self.action: Callable[[], None] | None = action
+
+    def cancel(self) -> None:
+        """Drop the call; harmless if it has happened."""
+        self.action = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.deadline < other.deadline
+
+
+class Worker:
+    """One thread with an epoll set.
+
+    Callbacks run on that thread, one at a time. An exception that a callback lets out goes to `on_error`
+    (on the worker's thread) and the worker goes on.
+    """
+
+    def __init__(self, name: str, on_error: Callable[[BaseException], None], clock: Clock | None = None) -> None:
+        self.name = name
+        self._on_error = on_error
+        self._clock = clock or Clock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._events: dict[int, Callable[[], None]] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._timers: list[Timer] = []
+        self._lock = threading.Lock()
+        self._paused = threading.Event()
+        self._go = threading.Event()
+        self._go.set()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def add_event(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever the eventfd `fd` is signalled; its count is read first."""
+        with self._lock:
+            self._events[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def remove_event(self, fd: int) -> None:
+        """Forget `fd`. After this returns on the worker's own thread, its callback is not called again."""
+        with self._lock:
+            self._events.pop(fd, None)
+        try:
+            self._epoll.unregister(fd)
+        except (OSError, ValueError):
+            pass
+
+    def call_soon(self, action: Callable[[], None]) -> None:
+        """Run `action` on the worker's thread; may be called from any thread."""
+        with self._lock:
+            self._calls.append(action)
+        os.eventfd_write(self._wake, 1)
+
+    def call_at(self, deadline_ns: int, action: Callable[[], None]) -> Timer:
+        """Run `action` once the clock's `now_ns` reaches `deadline_ns`; may be called from any thread."""
+        timer = Timer(deadline_ns, action)
+        with self._lock:
+            heapq.heappush(self._timers, timer)
+        os.eventfd_write(self._wake, 1)
+        return timer
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Run `action` on the worker's thread and return its result, or raise what it raised."""
+        if threading.current_thread() is self._thread:
+            return action()
+        done = threading.Event()
+        result: list[T] = []
+        error: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                result.append(action())
+            except BaseException as exc:
+                error.append(exc)
+            done.set()
+
+        self.call_soon(call)
+        done.wait()
+        if error:
+            raise error[0]
+        return result[0]
+
+    def pause(self) -> None:
+        """Stop calling anything; return once the current callback, if any, is over."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"worker {self.name} cannot pause itself")
+        self._paused.clear()
+        self._go.clear()
+        os.eventfd_write(self._wake, 1)
+        if self._thread.is_alive():
+            self._paused.wait()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._go.set()
+
+    def stop(self) -> None:
+        """End the thread and close its files; from another thread, return once it has ended."""
+        self._stopping = True
+        self._go.set()
+        os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join()
+
+    def _timeout(self) -> float:
+        with self._lock:
+            if self._calls:
+                return 0
+            while self._timers and self._timers[0].action is None:
+                heapq.heappop(self._timers)
+            if not self._timers:
+                return -1
+            return max(0, self._timers[0].deadline - self._clock.now_ns()) / 1e9
+
+    def _due(self) -> list[Callable[[], None]]:
+        with self._lock:
+            due, self._calls = self._calls, []
+            now = self._clock.now_ns()
+            while self._timers and self._timers[0].deadline <= now:
+                action = heapq.heappop(self._timers).action
+                if action is not None:
+                    due.append(action)
+        return due
+
+    def _main(self) -> None:
+        while not self._stopping:
+            if not self._go.is_set():
+                self._paused.set()
+                self._go.wait()
+                continue
+            ready = self._epoll.poll(self._timeout())
+            if not self._go.is_set():
+                continue
+            for action in self._due():
+                self._call(action)
+            for fd, _ in ready:
+                try:
+                    os.eventfd_read(fd)
+                except OSError:  # closed or read by somebody else meanwhile
+                    continue
+                with self._lock:
+                    callback = self._events.get(fd)
+                if callback is not None:
+                    self._call(callback)
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _call(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            self._on_error(error)
