@@ -21,13 +21,20 @@ class Tracer:
     ``if tracer.vmbus: tracer.line("vmbus", ...)``. Raises ValueError for an unknown category.
     """
 
-    def __init__(self, categories: Iterable[str] = (), stream: TextIO | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        categories: Iterable[str] = (),
+        stream: TextIO | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         chosen = set(categories)
         if "all" in chosen:
             chosen = set(CATEGORIES)
         unknown = chosen.difference(CATEGORIES)
         if unknown:
-            raise ValueError(f"unknown trace category {sorted(unknown)[0]!r}; choose from {', '.join(CATEGORIES)}, all")
+            raise ValueError(
+                f"unknown trace category {sorted(unknown)[0]!r}; choose from {', '.join(CATEGORIES)}, all"
+            )
         self.msr = "msr" in chosen
         self.hypercall = "hypercall" in chosen
         self.synic = "synic" in chosen
@@ -48,7 +55,11 @@ class GuestLog:
     """Notes about a misbehaving guest: at most `burst` lines in `period_ns`, then a count of what was dropped."""
 
     def __init__(
-        self, stream: TextIO | None = None, clock: Clock | None = None, burst: int = 20, period_ns: int = 5_000_000_000
+        self,
+        stream: TextIO | None = None,
+        clock: Clock | None = None,
+        burst: int = 20,
+        period_ns: int = 5_000_000_000,
     ) -> None:
         self._stream = stream
         self._clock = clock or Clock()

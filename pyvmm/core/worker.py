@@ -41,7 +41,12 @@ class Worker:
     (on the worker's thread) and the worker goes on.
     """
 
-    def __init__(self, name: str, on_error: Callable[[BaseException], None], clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        on_error: Callable[[BaseException], None],
+        clock: Clock | None = None,
+    ) -> None:
         self.name = name
         self._on_error = on_error
         self._clock = clock or Clock()

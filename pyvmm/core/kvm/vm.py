@@ -1,0 +1,94 @@
+"""One VM of KVM: memory slots, interrupt controllers and the MSR filter."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from pyvmm.core.irq import IrqLine
+from pyvmm.core.kvm import abi, capabilities
+from pyvmm.core.kvm.errors import ioctl
+from pyvmm.core.kvm.vp import Vp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.core.memory import Region
+
+
+class Vm:
+    """A VM file descriptor of KVM."""
+
+    def __init__(self, fd: int, run_size: int) -> None:
+        self.fd = fd
+        self._run_size = run_size
+        self._slots = 0
+
+    def close(self) -> None:
+        """Give the VM back to the kernel, which ends it once its VPs are closed too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def add_memory(self, region: Region) -> None:
+        """Show a region to the guest in the next memory slot."""
+        address = ctypes.addressof(ctypes.c_uint8.from_buffer(region.map))
+        slot = abi.UserspaceMemoryRegion(
+            slot=self._slots,
+            flags=abi.MEM_READONLY if region.readonly else 0,
+            guest_phys_addr=region.gpa,
+            memory_size=region.size,
+            userspace_addr=address,
+        )
+        ioctl(self.fd, abi.SET_USER_MEMORY_REGION, slot)
+        self._slots += 1
+
+    def create_interrupt_controllers(self, tss_gpa: int, identity_map_gpa: int) -> None:
+        """Make PIC, IOAPIC, LAPICs and PIT in the kernel.
+
+        `tss_gpa` (3 pages) and `identity_map_gpa` (1 page) lie outside RAM: Intel processors need them in real mode.
+        """
+        ioctl(self.fd, abi.SET_TSS_ADDR, tss_gpa)
+        ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(identity_map_gpa))
+        ioctl(self.fd, abi.CREATE_IRQCHIP)
+        ioctl(self.fd, abi.CREATE_PIT2, abi.PitConfig())
+
+    def enable_capability(self, number: int, argument: int = 0) -> None:
+        """KVM_ENABLE_CAP with one argument."""
+        request = abi.EnableCap(cap=number)
+        request.args[0] = argument
+        ioctl(self.fd, abi.ENABLE_CAP, request)
+
+    def trap_msrs(self, base: int, count: int) -> None:
+        """Make `count` MSRs from `base`, and all that KVM does not know, exit to user space."""
+        reasons = abi.MSR_EXIT_REASON_UNKNOWN | abi.MSR_EXIT_REASON_FILTER
+        self.enable_capability(capabilities.X86_USER_SPACE_MSR, reasons)
+        bitmap = (
+            ctypes.c_uint8 * (count // 8)
+        )()  # a clear bit denies the access to KVM
+        request = abi.MsrFilter()
+        request.ranges[0].flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+        request.ranges[0].base = base
+        request.ranges[0].nmsrs = count
+        request.ranges[0].bitmap = ctypes.cast(bitmap, ctypes.POINTER(ctypes.c_uint8))
+        ioctl(self.fd, abi.X86_SET_MSR_FILTER, request)
+
+    def create_vp(self, index: int) -> Vp:
+        """Make VP `index`, whose APIC id is `index` too."""
+        return Vp(ioctl(self.fd, abi.CREATE_VCPU, index), index, self._run_size)
+
+    def irq_line(self, number: int) -> KvmIrqLine:
+        """Line `number` of the PIC (0-15) and IOAPIC (0-23)."""
+        return KvmIrqLine(self.fd, number)
+
+
+class KvmIrqLine(IrqLine):
+    """A line of the in-kernel controllers."""
+
+    def __init__(self, vm_fd: int, number: int) -> None:
+        self._fd = vm_fd
+        self._up = abi.IrqLevel(irq=number, level=1)
+        self._down = abi.IrqLevel(irq=number, level=0)
+
+    def set(self, level: bool) -> None:
+        """Drive the line."""
+        ioctl(self._fd, abi.IRQ_LINE, self._up if level else self._down)

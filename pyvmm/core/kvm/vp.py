@@ -1,0 +1,122 @@
+"""One VP of KVM: its registers and its shared run page. The run loop itself is `pyvmm.core._hot.Vp`."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from pyvmm.core.kvm import abi
+from pyvmm.core.kvm.errors import KvmError, ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Vp:
+    """A VCPU file descriptor of KVM. Apart from `close`, use it on the VP's own thread or while that one is parked."""
+
+    def __init__(self, fd: int, index: int, run_size: int) -> None:
+        self.fd = fd
+        self.index = index
+        self.run_map = mmap.mmap(fd, run_size, mmap.MAP_SHARED)
+
+    def close(self) -> None:
+        """Close the file. The run page stays mapped until its last user lets go."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    @property
+    def run(self) -> abi.Run:
+        """A copy of the run page's head as it is now."""
+        return abi.Run.from_buffer_copy(self.run_map)
+
+    def get_regs(self) -> abi.Regs:
+        """General registers."""
+        regs = abi.Regs()
+        ioctl(self.fd, abi.GET_REGS, regs)
+        return regs
+
+    def set_regs(self, regs: abi.Regs) -> None:
+        """Set the general registers."""
+        ioctl(self.fd, abi.SET_REGS, regs)
+
+    def get_sregs(self) -> abi.Sregs:
+        """Segments, control registers and EFER."""
+        sregs = abi.Sregs()
+        ioctl(self.fd, abi.GET_SREGS, sregs)
+        return sregs
+
+    def set_sregs(self, sregs: abi.Sregs) -> None:
+        """Set segments, control registers and EFER."""
+        ioctl(self.fd, abi.SET_SREGS, sregs)
+
+    def get_msr(self, index: int) -> int:
+        """Read one MSR that KVM keeps; raises KvmError if it does not."""
+        request = abi.msr_list(1)()
+        request.nmsrs = 1
+        request.entries[0].index = index
+        if ioctl(self.fd, abi.GET_MSRS, request) != 1:
+            raise KvmError(f"reading MSR {index:#x}", 22)
+        return int(request.entries[0].data)
+
+    def set_msrs(self, values: Iterable[tuple[int, int]]) -> int:
+        """Set MSRs in order up to the first that KVM refuses; return how many were set."""
+        pairs = list(values)
+        request = abi.msr_list(len(pairs))()
+        request.nmsrs = len(pairs)
+        for entry, (index, value) in zip(request.entries, pairs, strict=True):
+            entry.index, entry.data = index, value
+        return ioctl(self.fd, abi.SET_MSRS, request)
+
+    def set_cpuid(self, entries: list[abi.CpuidEntry]) -> None:
+        """Give the VP its CPUID leaves."""
+        table = abi.cpuid_table(len(entries))()
+        table.nent = len(entries)
+        for position, entry in enumerate(entries):
+            table.entries[position] = entry
+        ioctl(self.fd, abi.SET_CPUID2, table)
+
+    def get_lapic(self) -> abi.LapicState:
+        """The LAPIC's registers."""
+        state = abi.LapicState()
+        ioctl(self.fd, abi.GET_LAPIC, state)
+        return state
+
+    def set_lapic(self, state: abi.LapicState) -> None:
+        """Set the LAPIC's registers."""
+        ioctl(self.fd, abi.SET_LAPIC, state)
+
+    def set_mp_state(self, state: int) -> None:
+        """Set KVM_MP_STATE_*."""
+        ioctl(self.fd, abi.SET_MP_STATE, abi.MpState(state))
+
+    def get_events(self) -> abi.VcpuEvents:
+        """Pending exceptions, interrupts and NMIs."""
+        events = abi.VcpuEvents()
+        ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
+        return events
+
+    def set_events(self, events: abi.VcpuEvents) -> None:
+        """Set pending exceptions, interrupts and NMIs."""
+        ioctl(self.fd, abi.SET_VCPU_EVENTS, events)
+
+    def tsc_khz(self) -> int:
+        """The guest's TSC frequency in kHz."""
+        return ioctl(self.fd, abi.GET_TSC_KHZ)
+
+    def tsc_offset(self) -> int | None:
+        """Guest TSC minus host TSC modulo 2**64, or None where this KVM cannot tell."""
+        value = ctypes.c_uint64()
+        attribute = abi.DeviceAttr(
+            group=abi.VCPU_TSC_CTRL,
+            attr=abi.VCPU_TSC_OFFSET,
+            addr=ctypes.addressof(value),
+        )
+        try:
+            ioctl(self.fd, abi.GET_DEVICE_ATTR, attribute)
+        except KvmError:
+            return None
+        return value.value
