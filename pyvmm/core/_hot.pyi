@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from mmap import mmap
+from typing import Any, Protocol
 
 class Memory:
     """Guest memory for C code: the one place where a GPA becomes an address, with its bounds checked."""
@@ -61,6 +62,19 @@ class Ring:
     def inspect(self) -> dict[str, int]:
         """Indices, mask, pending send size, size and free bytes as they are now."""
 
+class ReferenceTime:
+    """Reference time of a partition: 100 ns units on the guest's TSC. TLFS chapter 12.4.
+
+    `tsc_offset` is guest TSC minus host TSC modulo 2**64; `elapsed` what reference time is right now.
+    ``time = (tsc * scale >> 64) + offset`` holds for the guest's TSC.
+    """
+
+    scale: int
+    offset: int
+
+    def __init__(self, tsc_khz: int, tsc_offset: int, elapsed: int = 0, /) -> None: ...
+    def now(self) -> int: ...
+
 class SynIC:
     """The synthetic interrupt controller and the four synthetic timers of one VP. TLFS chapters 11 and 12.
 
@@ -74,7 +88,7 @@ class SynIC:
     def set_space_event(self, eventfd: int, /) -> None:
         """Write to `eventfd` when a queue that refused a message has room again; -1 for none."""
 
-    def read_msr(self, index: int, now: int, /) -> int | None:
+    def read_msr(self, index: int, /) -> int | None:
         """Return the MSR's value, or None where the guest must get #GP."""
 
     def write_msr(self, index: int, value: int, now: int, /) -> bool:
@@ -112,3 +126,59 @@ class Doorbells:
 
     def inspect(self) -> dict[int, int]:
         """Signals counted by connection id."""
+
+class Vp:
+    """The run loop of one VP over its KVM file descriptor and run page.
+
+    `pio` and `mmio` have the methods ``read(address, size)`` and ``write(address, size, value)``; `hypervisor`
+    those of `HypervisorCalls`. They are called on the thread that called `run`, with the GIL.
+    """
+
+    hypercalls_enabled: bool
+    """Whether the hypercall page's ports trap; off until the guest enables the page."""
+    trace_msr: bool
+    trace_hypercall: bool
+
+    def __init__(
+        self,
+        fd: int,
+        index: int,
+        run_map: mmap,
+        memory: Memory,
+        synic: SynIC,
+        doorbells: Doorbells,
+        reference: ReferenceTime,
+        pio: object,
+        mmio: object,
+        hypervisor: HypervisorCalls,
+        /,
+    ) -> None: ...
+    def run(self) -> int:
+        """Run the guest until an exit that nobody here answers, or `stop`; return KVM_EXIT_* (KVM_EXIT_INTR after `stop`).
+
+        What a handler raises ends the run and comes out here.
+        """
+
+    def stop(self) -> None:
+        """Make the current or else the next `run` return; any thread."""
+
+    def offer_msrs(self, bitmap: bytes, /) -> None:
+        """Which of the 512 MSRs from 0x40000000 exist, a bit each; the others give the guest #GP."""
+
+    def counts(self) -> dict[str, Any]:
+        """Counters since the VP was made: exits, msr_reads, msr_writes, hypercalls (dicts by number), hypercalls_unknown."""
+
+class HypervisorCalls(Protocol):
+    """What `Vp` asks Python for. Results are what the guest sees."""
+
+    def read_msr(self, vp: int, index: int, /) -> int | None:
+        """The value, or None for #GP."""
+
+    def write_msr(self, vp: int, index: int, value: int, /) -> bool:
+        """False for #GP."""
+
+    def hypercall(self, vp: int, control: int, input: int, output: int, /) -> int:
+        """The hypercall result value: status in bits 0-15, completed repetitions in bits 32-43."""
+
+    def trace_msr(self, vp: int, write: bool, index: int, value: int, valid: bool, /) -> None: ...
+    def trace_hypercall(self, vp: int, control: int, input: int, result: int, /) -> None: ...

@@ -46,6 +46,19 @@ static inline void *hot_memory_ptr(const MemoryObject *memory, uint64_t gpa, uin
 
 extern PyTypeObject Memory_Type;
 
+// Reference time ----------------------------------------------------------------------------------
+
+typedef struct {
+	PyObject_HEAD
+	uint64_t tsc_offset; // guest TSC - host TSC
+	uint64_t scale;      // 100 ns units per TSC tick, as a 64-bit binary fraction
+	int64_t offset;      // so that reference time was 0 when this object was made
+} ReferenceTimeObject;
+
+uint64_t hot_reference_now(const ReferenceTimeObject *reference);
+
+extern PyTypeObject ReferenceTime_Type;
+
 // Rings -------------------------------------------------------------------------------------------
 
 extern PyTypeObject Ring_Type;
@@ -63,5 +76,39 @@ enum {
 	HV_STATUS_INVALID_CONNECTION_ID = 0x12,
 	HV_STATUS_INSUFFICIENT_BUFFERS = 0x13,
 };
+
+// Event ports -------------------------------------------------------------------------------------
+
+typedef struct DoorbellsObject DoorbellsObject;
+
+// HvSignalEvent's work: returns a hypercall status. Needs no GIL.
+int hot_doorbells_signal(DoorbellsObject *doorbells, uint32_t connection_id, uint32_t flag);
+
+extern PyTypeObject Doorbells_Type;
+
+// SynIC -------------------------------------------------------------------------------------------
+
+typedef struct SynICObject SynICObject;
+typedef struct VpObject VpObject;
+
+// The functions below need no GIL. MSR access and scan belong to the VP's own thread.
+bool hot_synic_owns_msr(uint32_t index);
+bool hot_synic_read_msr(SynICObject *synic, uint32_t index, uint64_t *value);
+bool hot_synic_write_msr(SynICObject *synic, uint32_t index, uint64_t value, uint64_t now);
+// Returns the next deadline in reference time, 0 for none.
+uint64_t hot_synic_scan(SynICObject *synic, uint64_t now);
+// Names the VP that must wake up when a message is queued; NULL for none.
+void hot_synic_attach(SynICObject *synic, VpObject *vp);
+
+extern PyTypeObject SynIC_Type;
+
+// VP ----------------------------------------------------------------------------------------------
+
+// Makes the VP look at its SynIC before it goes on in the guest. Any thread, no GIL.
+void hot_vp_request_scan(VpObject *vp);
+// Installs the signal handler that takes a VP out of the guest. Returns false with errno set.
+bool hot_vp_install_kick(void);
+
+extern PyTypeObject Vp_Type;
 
 #endif

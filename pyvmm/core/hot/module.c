@@ -8,10 +8,12 @@ static struct PyModuleDef hot_module = {
 
 PyMODINIT_FUNC PyInit__hot(void)
 {
+	if (!hot_vp_install_kick())
+		return PyErr_SetFromErrno(PyExc_OSError);
 	PyObject *module = PyModule_Create(&hot_module);
 	if (!module)
 		return NULL;
-	PyTypeObject *types[] = {&Memory_Type};
+	PyTypeObject *types[] = {&Memory_Type, &ReferenceTime_Type, &Doorbells_Type, &SynIC_Type, &Vp_Type};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)
 			goto fail;

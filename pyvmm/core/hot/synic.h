@@ -1,0 +1,80 @@
+// What synic.c and stimer.c share.
+
+#ifndef PYVMM_SYNIC_H
+#define PYVMM_SYNIC_H
+
+#include "hot.h"
+
+enum {
+	SINT_COUNT = 16,
+	STIMER_COUNT = 4,
+	EVENT_FLAGS = 2048,
+	MESSAGE_PAYLOAD = 240,
+	QUEUE_LENGTH = 32,
+	KEPT_INTERRUPTS = 64,
+};
+
+struct queued_message {
+	uint32_t type;
+	uint8_t size;
+	uint8_t payload[MESSAGE_PAYLOAD];
+};
+
+struct message_queue {
+	unsigned head;
+	unsigned count;
+	bool refused; // somebody was turned away and waits for the space event
+	struct queued_message messages[QUEUE_LENGTH];
+};
+
+struct stimer {
+	uint64_t config;
+	uint64_t count;
+	uint64_t due; // reference time of the next expiration; 0 while the timer is not armed
+};
+
+struct SynICObject {
+	PyObject_HEAD
+	MemoryObject *memory;
+	VpObject *vp; // wakes up when a message is queued
+	int vm_fd;
+	unsigned vp_index;
+	unsigned apic_id;
+	int space_event;
+	pthread_mutex_t lock; // all below; its holder never waits for the GIL
+	uint64_t scontrol;
+	uint64_t siefp;
+	uint64_t simp;
+	uint64_t sint[SINT_COUNT];
+	struct stimer timers[STIMER_COUNT];
+	struct message_queue *queues[SINT_COUNT]; // made at a SINT's first message
+	uint64_t messages_delivered;
+	uint64_t messages_dropped;
+	uint64_t interrupts_raised;
+	unsigned kept_count; // with no VM to interrupt
+	uint8_t kept[KEPT_INTERRUPTS];
+};
+
+// All of these want the lock.
+
+enum delivery {
+	DELIVERED,
+	BUSY,   // try again after the guest has written EOM
+	CLOSED, // SynIC, message page or SINT are off
+};
+
+enum delivery synic_deliver(SynICObject *synic, unsigned sint, uint32_t type, uint64_t sender, const void *payload,
+			    uint8_t size);
+bool synic_queue_waits(const SynICObject *synic, unsigned sint);
+void synic_interrupt(SynICObject *synic, uint8_t vector);
+
+// `reg` counts MSRs from STIMER0_CONFIG: even numbers are CONFIG, odd ones COUNT.
+uint64_t stimer_read(const SynICObject *synic, unsigned reg);
+bool stimer_write(SynICObject *synic, unsigned reg, uint64_t value, uint64_t now);
+uint64_t stimers_scan(SynICObject *synic, uint64_t now);
+
+// These want the GIL and no lock.
+PyObject *stimers_save(const struct stimer *timers);
+bool stimers_parse(PyObject *saved, struct stimer *timers);
+
+#endif
