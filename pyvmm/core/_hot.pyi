@@ -136,6 +136,8 @@ class Vp:
 
     hypercalls_enabled: bool
     """Whether the hypercall page's ports trap; off until the guest enables the page."""
+    signal_event_offered: bool
+    """Whether HvSignalEvent is answered; otherwise it goes to `HypervisorCalls.hypercall` like every other call."""
     trace_msr: bool
     trace_hypercall: bool
 

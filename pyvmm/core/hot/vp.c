@@ -61,6 +61,7 @@ struct VpObject {
 
 	uint8_t msr_offered[SYNTHETIC_MSR_COUNT / 8];
 	char hypercalls_enabled;
+	char signal_event_offered;
 	char trace_msr;
 	char trace_hypercall;
 
@@ -225,7 +226,7 @@ static bool hypercall(VpObject *self, struct gil *gil, bool caller_64)
 		self->hypercalls_unknown++;
 
 	bool ok = true;
-	bool hot = code == HVCALL_SIGNAL_EVENT;
+	bool hot = code == HVCALL_SIGNAL_EVENT && self->signal_event_offered;
 	if (hot)
 		result = signal_event(self, control, input);
 	if (!hot || self->trace_hypercall) {
@@ -561,6 +562,7 @@ static PyMethodDef vp_methods[] = {
 
 static PyMemberDef vp_members[] = {
 	{"hypercalls_enabled", T_BOOL, offsetof(VpObject, hypercalls_enabled), 0, NULL},
+	{"signal_event_offered", T_BOOL, offsetof(VpObject, signal_event_offered), 0, NULL},
 	{"trace_msr", T_BOOL, offsetof(VpObject, trace_msr), 0, NULL},
 	{"trace_hypercall", T_BOOL, offsetof(VpObject, trace_hypercall), 0, NULL},
 	{0},

@@ -1,0 +1,372 @@
+"""A partition as its guest sees it through MSRs and hypercalls. TLFS v6.0b, chapters 3, 5, 8, 10, 11 and 12.
+
+The SynIC, the synthetic timers, TIME_REF_COUNT and HvSignalEvent are C (`pyvmm.core._hot`); here is the rest.
+"""
+
+from __future__ import annotations
+
+import time
+
+from enlightenments import catalog, hypercall_page
+from enlightenments.catalog import (
+    HVCALL_SIGNAL_EVENT,
+    MSR_APIC_FREQUENCY,
+    MSR_CRASH_CTL,
+    MSR_CRASH_P0,
+    MSR_GUEST_IDLE,
+    MSR_GUEST_OS_ID,
+    MSR_HYPERCALL,
+    MSR_REFERENCE_TSC,
+    MSR_RESET,
+    MSR_TSC_FREQUENCY,
+    MSR_VP_ASSIST_PAGE,
+    MSR_VP_INDEX,
+    MSR_VP_RUNTIME,
+)
+from enlightenments.hypercalls import STATUS_NAMES, Hypercalls
+from enlightenments.ports import Ports
+from pyvmm.core import _hot
+from pyvmm.core.memory import PAGE_SIZE, GuestMemoryError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from enlightenments.ports import MessageHandler
+    from pyvmm.core.memory import GuestMemory
+    from pyvmm.core.trace import Tracer
+
+#: KVM's LAPIC timer counts nanoseconds (Linux ``arch/x86/kvm/lapic.h``, APIC_BUS_CYCLE_NS).
+APIC_HZ = 1_000_000_000
+
+_ENABLE = 1
+_LOCKED = 2
+_PAGE_ADDRESS = ~0xFFF & (1 << 64) - 1
+_CRASH_NOTIFY = 1 << 63
+_CRASH_MESSAGE = 1 << 62
+#: The longest that one read of the idle MSR waits. The guest looks again for itself, so a short wait is allowed.
+_IDLE_SECONDS = 0.001
+
+
+class OverlayPage:
+    """A page that the hypervisor lays over guest memory: what was beneath comes back when it goes."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self.gpa: int | None = None
+        self._beneath = b""
+
+    def place(self, gpa: int, content: bytes) -> bool:
+        """Lay `content` over the page at `gpa`; False if there is no RAM."""
+        try:
+            view = self._memory.view(gpa, PAGE_SIZE, write=True)
+        except GuestMemoryError:
+            return False
+        self.remove()
+        self._beneath = bytes(view)
+        view[:] = content
+        self.gpa = gpa
+        return True
+
+    def remove(self) -> None:
+        """Give the guest its own page back."""
+        if self.gpa is not None:
+            self._memory.write(self.gpa, self._beneath)
+            self.gpa = None
+
+    def save(self) -> dict[str, Any]:
+        """Where it lies and what is beneath."""
+        return {"gpa": self.gpa, "beneath": self._beneath}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The page itself is in guest memory, which is restored apart."""
+        self.gpa, self._beneath = state["gpa"], state["beneath"]
+
+
+class Partition(Ports):
+    """The hypervisor interface of one VM.
+
+    `on_reset` and `on_crash` are called on a VP's thread when the guest asks for a reset or reports a crash
+    (five parameters and the message, if it sent one).
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        chosen: frozenset[str],
+        vp_count: int,
+        tracer: Tracer,
+        on_reset: Callable[[], None],
+        on_crash: Callable[[list[int], str], None],
+    ) -> None:
+        self.vp_count = vp_count
+        self.chosen = chosen
+        self.doorbells = _hot.Doorbells()
+        self.synics: list[_hot.SynIC] = []
+        self.reference: _hot.ReferenceTime | None = None
+        self._memory = memory
+        self._tracer = tracer
+        self._on_reset = on_reset
+        self._on_crash = on_crash
+        self._tsc_khz = 0
+        self._vps: list[_hot.Vp] = []
+        offered = frozenset(code for name in chosen for code in catalog.ENLIGHTENMENTS[name].hypercalls)
+        self._hypercalls = Hypercalls(memory, offered)
+        self._signal_event_offered = HVCALL_SIGNAL_EVENT in offered
+        self._msrs_offered = catalog.msr_bitmap(chosen)
+        self._hypercall_page = OverlayPage(memory)
+        self._reference_page = OverlayPage(memory)
+        self._power_on_state()
+        self._readers: dict[int, Callable[[int], int]] = {
+            MSR_GUEST_OS_ID: lambda vp: self._guest_os_id,
+            MSR_HYPERCALL: lambda vp: self._hypercall_msr,
+            MSR_VP_INDEX: lambda vp: vp,
+            MSR_RESET: lambda vp: 0,
+            MSR_VP_RUNTIME: lambda vp: time.clock_gettime_ns(time.CLOCK_THREAD_CPUTIME_ID) // 100,
+            MSR_REFERENCE_TSC: lambda vp: self._reference_msr,
+            MSR_TSC_FREQUENCY: lambda vp: self._tsc_khz * 1000,
+            MSR_APIC_FREQUENCY: lambda vp: APIC_HZ,
+            MSR_VP_ASSIST_PAGE: lambda vp: self._assist[vp],
+            MSR_GUEST_IDLE: self._idle,
+            MSR_CRASH_CTL: lambda vp: _CRASH_NOTIFY | _CRASH_MESSAGE,
+            **{MSR_CRASH_P0 + i: lambda vp, i=i: self._crash[i] for i in range(5)},  # type: ignore[misc]
+        }
+        self._writers: dict[int, Callable[[int, int], bool]] = {
+            MSR_GUEST_OS_ID: self._write_guest_os_id,
+            MSR_HYPERCALL: self._write_hypercall,
+            MSR_RESET: self._write_reset,
+            MSR_REFERENCE_TSC: self._write_reference_tsc,
+            MSR_VP_ASSIST_PAGE: self._write_assist_page,
+            MSR_CRASH_CTL: self._write_crash_control,
+            **{MSR_CRASH_P0 + i: lambda vp, value, i=i: self._write_crash(i, value) for i in range(5)},  # type: ignore[misc]
+        }
+
+    def _power_on_state(self) -> None:
+        self._guest_os_id = 0
+        self._hypercall_msr = 0
+        self._reference_msr = 0
+        self._assist = [0] * self.vp_count
+        self._crash = [0] * 5
+
+    # Assembly -----------------------------------------------------------------------------------------------
+
+    def set_reference_time(self, tsc_khz: int, tsc_offset: int) -> None:
+        """Start reference time at 0, on the guest's TSC."""
+        self._tsc_khz = tsc_khz
+        self.reference = _hot.ReferenceTime(tsc_khz, tsc_offset)
+
+    def add_synic(self, vm_fd: int, apic_id: int) -> _hot.SynIC:
+        """Make the SynIC of the next VP."""
+        synic = _hot.SynIC(self._memory.hot, vm_fd, len(self.synics), apic_id)
+        self.synics.append(synic)
+        return synic
+
+    def add_vp(self, vp: _hot.Vp) -> None:
+        """Let the interface answer a VP, which comes in the order of the indices."""
+        vp.offer_msrs(self._msrs_offered)
+        vp.signal_event_offered = self._signal_event_offered
+        vp.trace_msr = self._tracer.msr
+        vp.trace_hypercall = self._tracer.hypercall
+        vp.hypercalls_enabled = bool(self._hypercall_msr & _ENABLE)
+        self._vps.append(vp)
+
+    def reset(self) -> None:
+        """Power-on state of all MSRs. The VPs are stopped; guest memory is no longer anybody's."""
+        self._hypercall_page = OverlayPage(self._memory)
+        self._reference_page = OverlayPage(self._memory)
+        self._power_on_state()
+        for synic in self.synics:
+            synic.reset()
+        self._show_hypercalls()
+
+    def save(self) -> dict[str, Any]:
+        """State of all MSRs as plain data."""
+        return {
+            "version": 1,
+            "guest_os_id": self._guest_os_id,
+            "hypercall": self._hypercall_msr,
+            "reference_tsc": self._reference_msr,
+            "assist": list(self._assist),
+            "crash": list(self._crash),
+            "hypercall_page": self._hypercall_page.save(),
+            "reference_page": self._reference_page.save(),
+            "synics": [synic.save() for synic in self.synics],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `save` returned; raises ValueError."""
+        if state.get("version") != 1 or len(state["synics"]) != len(self.synics):
+            raise ValueError("saved hypervisor state is not one of version 1 with as many VPs")
+        self._guest_os_id = state["guest_os_id"]
+        self._hypercall_msr = state["hypercall"]
+        self._reference_msr = state["reference_tsc"]
+        self._assist = list(state["assist"])
+        self._crash = list(state["crash"])
+        self._hypercall_page.restore(state["hypercall_page"])
+        self._reference_page.restore(state["reference_page"])
+        for synic, saved in zip(self.synics, state["synics"], strict=True):
+            synic.restore(saved)
+        self._show_hypercalls()
+
+    def inspect(self) -> dict[str, Any]:
+        """What the guest has set up."""
+        return {
+            "enlightenments": sorted(self.chosen),
+            "guest_os_id": f"{self._guest_os_id:#x}",
+            "hypercall_page": self._hypercall_page.gpa,
+            "reference_page": self._reference_page.gpa,
+            "reference_time": self.reference.now() if self.reference else 0,
+            "assist_pages": list(self._assist),
+            "crash": list(self._crash),
+            "message_ports": sorted(self._hypercalls.message_ports),
+            "doorbells": self.doorbells.inspect(),
+            "synics": [synic.inspect() for synic in self.synics],
+        }
+
+    # What the VPs ask -----------------------------------------------------------------------------------------
+
+    def read_msr(self, vp: int, index: int) -> int | None:
+        """Answer a read that C does not; None for #GP."""
+        reader = self._readers.get(index)
+        return None if reader is None else reader(vp)
+
+    def write_msr(self, vp: int, index: int, value: int) -> bool:
+        """Answer a write that C does not; False for #GP."""
+        writer = self._writers.get(index)
+        return False if writer is None else writer(vp, value)
+
+    def hypercall(self, vp: int, control: int, input: int, output: int) -> int:
+        """Answer a hypercall that C does not; return the result value."""
+        return self._hypercalls.call(control, input)
+
+    def trace_msr(self, vp: int, write: bool, index: int, value: int, valid: bool) -> None:
+        """Write a line about an MSR access."""
+        what = "wrmsr" if write else "rdmsr"
+        self._tracer.line("msr", f"vp{vp} {what} {index:#x} = {value:#x}{'' if valid else ' -> #GP'}")
+
+    def trace_hypercall(self, vp: int, control: int, input: int, result: int) -> None:
+        """Write a line about a hypercall."""
+        status = STATUS_NAMES.get(result & 0xFFFF, f"{result & 0xFFFF:#x}")
+        self._tracer.line(
+            "hypercall", f"vp{vp} call {control & 0xFFFF:#x} control {control:#x} input {input:#x}: {status}"
+        )
+
+    # MSRs -------------------------------------------------------------------------------------------------------
+
+    def _show_hypercalls(self) -> None:
+        for vp in self._vps:
+            vp.hypercalls_enabled = bool(self._hypercall_msr & _ENABLE)
+
+    def _write_guest_os_id(self, vp: int, value: int) -> bool:
+        self._guest_os_id = value
+        if not value:  # a guest without identity has no hypercalls
+            self._hypercall_msr &= ~_ENABLE
+            self._hypercall_page.remove()
+            self._show_hypercalls()
+        return True
+
+    def _write_hypercall(self, vp: int, value: int) -> bool:
+        if self._hypercall_msr & _LOCKED or value & 0xFFC:
+            return False
+        if not self._guest_os_id:
+            value &= ~_ENABLE
+        if not value & _ENABLE:
+            self._hypercall_page.remove()
+        elif self._hypercall_page.gpa != value & _PAGE_ADDRESS and not self._hypercall_page.place(
+            value & _PAGE_ADDRESS, hypercall_page.CONTENT
+        ):
+            return False
+        self._hypercall_msr = value
+        self._show_hypercalls()
+        return True
+
+    def _write_reset(self, vp: int, value: int) -> bool:
+        if value & 1:
+            self._on_reset()
+        return True
+
+    def _write_reference_tsc(self, vp: int, value: int) -> bool:
+        if not value & _ENABLE:
+            self._reference_page.remove()
+        elif self._reference_page.gpa != value & _PAGE_ADDRESS and not self._reference_page.place(
+            value & _PAGE_ADDRESS, self._reference_content()
+        ):
+            return False
+        self._reference_msr = value
+        return True
+
+    def _reference_content(self) -> bytes:
+        assert self.reference is not None
+        sequence = 1  # 0 would tell the guest to use the MSR
+        return b"".join(
+            (
+                sequence.to_bytes(8, "little"),
+                self.reference.scale.to_bytes(8, "little"),
+                self.reference.offset.to_bytes(8, "little", signed=True),
+            )
+        ).ljust(PAGE_SIZE, b"\0")
+
+    def _write_assist_page(self, vp: int, value: int) -> bool:
+        if value & _ENABLE and value != self._assist[vp]:
+            try:
+                self._memory.write(value & _PAGE_ADDRESS, bytes(PAGE_SIZE))
+            except GuestMemoryError:
+                return False
+        self._assist[vp] = value
+        return True
+
+    def _idle(self, vp: int) -> int:
+        time.sleep(_IDLE_SECONDS)
+        return 0
+
+    def _write_crash(self, number: int, value: int) -> bool:
+        self._crash[number] = value
+        return True
+
+    def _write_crash_control(self, vp: int, value: int) -> bool:
+        if value & _CRASH_NOTIFY:
+            message = ""
+            if value & _CRASH_MESSAGE:
+                gpa, length = self._crash[3], min(self._crash[4], PAGE_SIZE)
+                try:
+                    message = self._memory.read(gpa, length).rstrip(b"\0").decode("utf-8", "replace")
+                except GuestMemoryError as error:
+                    message = f"(its message cannot be read: {error})"
+            self._on_crash(list(self._crash), message)
+        return True
+
+    # Ports ------------------------------------------------------------------------------------------------------
+
+    def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
+        """See `Ports`."""
+        self._hypercalls.message_ports[connection_id] = handler
+
+    def disconnect_message_port(self, connection_id: int) -> None:
+        """See `Ports`."""
+        self._hypercalls.message_ports.pop(connection_id, None)
+
+    def connect_event_port(self, connection_id: int, eventfd: int) -> None:
+        """See `Ports`."""
+        self.doorbells.connect(connection_id, eventfd)
+
+    def disconnect_event_port(self, connection_id: int) -> None:
+        """See `Ports`."""
+        self.doorbells.disconnect(connection_id)
+
+    def post_message(self, vp: int, sint: int, message_type: int, payload: bytes) -> bool:
+        """See `Ports`."""
+        if self._tracer.synic:
+            self._tracer.line("synic", f"vp{vp} sint{sint} message type {message_type:#x}, {len(payload)} bytes")
+        return self.synics[vp].post(sint, message_type, payload)
+
+    def set_message_space_event(self, eventfd: int) -> None:
+        """See `Ports`."""
+        for synic in self.synics:
+            synic.set_space_event(eventfd)
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None:
+        """See `Ports`."""
+        if self._tracer.synic:
+            self._tracer.line("synic", f"vp{vp} sint{sint} event flag {flag}")
+        self.synics[vp].signal_event(sint, flag)
