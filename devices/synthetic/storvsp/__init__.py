@@ -1,0 +1,1 @@
+"""The storage VSP: SCSI controllers on VMBus."""

@@ -1,0 +1,126 @@
+"""Disks for tests: one in memory that can be told to fail, and the conformance test of every back end."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from devices.storage.backend import Disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class MemoryDisk(Disk):
+    """A disk in a bytearray.
+
+    `fail` is raised by the next operations as long as it is set; `gate`, once cleared, holds readers until
+    it is set again, and `reached` tells that one got there.
+    """
+
+    def __init__(self, size: int, readonly: bool = False, name: str = "memory") -> None:
+        self.path = name
+        self.size = size
+        self.sector_size = 512
+        self.physical_sector_size = 4096
+        self.readonly = readonly
+        self.discard_zeroes = True
+        self.data = bytearray(size)
+        self.fail: OSError | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.reached = threading.Event()
+        self.flushes = 0
+        self.closed = False
+
+    @property
+    def identity(self) -> bytes:
+        return self.path.encode().ljust(16, b".")[:16]
+
+    def readv(self, offset: int, views: Sequence[memoryview]) -> None:
+        self._enter()
+        for view in views:
+            view[:] = self.data[offset : offset + len(view)]
+            offset += len(view)
+
+    def writev(self, offset: int, views: Sequence[memoryview]) -> None:
+        self._enter()
+        for view in views:
+            self.data[offset : offset + len(view)] = view
+            offset += len(view)
+
+    def flush(self) -> None:
+        self._enter()
+        self.flushes += 1
+
+    def discard(self, offset: int, length: int) -> None:
+        self._enter()
+        self.data[offset : offset + length] = bytes(length)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _enter(self) -> None:
+        assert not self.closed, "I/O on a closed disk"
+        self.reached.set()
+        self.gate.wait(30)
+        if self.fail is not None:
+            raise self.fail
+
+
+def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:
+    """Hold a back end against a bytearray through random reads, writes, discards and flushes.
+
+    `make(size)` returns a fresh, zeroed, writable disk.
+    """
+    sector, sectors = 512, 64
+    spans = st.integers(0, sectors - 1).flatmap(
+        lambda start: st.tuples(st.just(start), st.integers(1, sectors - start))
+    )
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.disk = make(sector * sectors)
+            self.model = bytearray(sector * sectors)
+            assert self.disk.size == len(self.model)
+
+        @rule(span=spans, seed=st.binary(min_size=1, max_size=3), cut=st.integers(1, 4096))
+        def write(self, span: tuple[int, int], seed: bytes, cut: int) -> None:
+            offset, length = span[0] * sector, span[1] * sector
+            data = (seed * (length // len(seed) + 1))[:length]
+            pieces = [memoryview(data)[at : at + cut] for at in range(0, length, cut)]
+            self.disk.writev(offset, pieces)
+            self.model[offset : offset + length] = data
+
+        @rule(span=spans, cut=st.integers(1, 4096))
+        def read(self, span: tuple[int, int], cut: int) -> None:
+            offset, length = span[0] * sector, span[1] * sector
+            buffer = bytearray(b"\xee" * length)
+            self.disk.readv(offset, [memoryview(buffer)[at : at + cut] for at in range(0, length, cut)])
+            assert buffer == self.model[offset : offset + length]
+
+        @rule(span=spans)
+        def discard(self, span: tuple[int, int]) -> None:
+            offset, length = span[0] * sector, span[1] * sector
+            self.disk.discard(offset, length)
+            if self.disk.discard_zeroes:
+                self.model[offset : offset + length] = bytes(length)
+            else:
+                self.disk.readv(offset, [memoryview(self.model)[offset : offset + length]])
+
+        @rule()
+        def flush(self) -> None:
+            self.disk.flush()
+
+        def teardown(self) -> None:
+            self.disk.close()
+            self.disk.close()
+
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(Machine, settings=settings(max_examples=examples, deadline=None))

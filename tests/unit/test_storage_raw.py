@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from devices.storage import raw
+from devices.storage.backend import DiskError
+from devices.storage.raw import RawDisk
+from tests.fakes.disks import MemoryDisk, check_disk
+
+
+def image(tmp_path: Path, size: int = 1 << 20, name: str = "disk.img") -> str:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.truncate(size)
+    return str(path)
+
+
+def refusal(path: str, **how: object) -> str:
+    with pytest.raises(DiskError) as caught:
+        RawDisk(path, **how)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message.startswith(path) and "\n" not in message
+    return message
+
+
+def test_raw_disk_behaves_as_a_run_of_bytes(tmp_path: Path) -> None:
+    numbers = count()
+    check_disk(lambda size: RawDisk(image(tmp_path, size, f"{next(numbers)}.img")))
+
+
+def test_the_test_disk_itself_conforms() -> None:
+    check_disk(MemoryDisk, examples=10)
+
+
+def test_short_transfers_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv, pwritev = os.preadv, os.pwritev
+
+    def seven(views: list[memoryview]) -> list[memoryview]:
+        return [next(view for view in views if len(view))[:7]]
+
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, seven(views), offset))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: pwritev(fd, seven(views), offset))
+    numbers = count()
+    check_disk(lambda size: RawDisk(image(tmp_path, size, f"{next(numbers)}.img")), examples=3)
+
+
+def test_more_buffers_than_one_system_call_takes(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    Path(path).write_bytes(os.urandom(1 << 20))
+    disk = RawDisk(path)
+    buffer = bytearray(1 << 20)
+    views = [memoryview(buffer)[at : at + 256] for at in range(0, 1 << 20, 256)]
+    disk.readv(0, views)
+    assert bytes(buffer) == Path(path).read_bytes()
+    buffer.reverse()
+    disk.writev(0, views)
+    assert bytes(buffer) == Path(path).read_bytes()
+
+
+def test_discard_gives_file_blocks_back(tmp_path: Path) -> None:
+    path = image(tmp_path, 4 << 20)
+    disk = RawDisk(path)
+    disk.writev(0, [memoryview(os.urandom(4 << 20))])
+    disk.flush()
+    before = os.stat(path).st_blocks
+    disk.discard(1 << 20, 2 << 20)
+    after = os.stat(path)
+    assert after.st_blocks <= before - (2 << 20) // 512
+    assert after.st_size == 4 << 20
+
+
+def test_discard_writes_zeros_where_holes_cannot_be_punched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no holes here")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    numbers = count()
+    check_disk(lambda size: RawDisk(image(tmp_path, size, f"{next(numbers)}.img")), examples=3)
+
+
+def test_image_truncated_while_in_use_is_an_io_error_on_reading(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    disk = RawDisk(path)
+    os.truncate(path, 4096)
+    disk.readv(0, [memoryview(bytearray(4096))])
+    for offset in (0, 8192):
+        with pytest.raises(OSError) as caught:
+            disk.readv(offset, [memoryview(bytearray(8192))])
+        assert caught.value.errno == errno.EIO
+
+
+def test_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    disk = RawDisk(path)
+    assert "in use by another VM" in refusal(path)
+    assert "in use by another VM" in refusal(path, readonly=True)
+    disk.close()
+    RawDisk(path).close()
+
+
+def test_writer_is_refused_while_another_process_reads(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    script = "import sys; from devices.storage.raw import RawDisk; d = RawDisk(sys.argv[1], readonly=True); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert "in use by another VM" in refusal(path)
+        RawDisk(path, readonly=True).close()
+        other.communicate(b"\n", timeout=30)
+    RawDisk(path).close()
+
+
+def test_readonly_disk_refuses_writes_at_the_file(tmp_path: Path) -> None:
+    disk = RawDisk(image(tmp_path), readonly=True)
+    with pytest.raises(OSError):
+        disk.writev(0, [memoryview(bytes(512))])
+
+
+@pytest.mark.parametrize(("size", "says"), [(0, "empty"), (1000, "not a multiple of the 512-byte sector")])
+def test_image_of_impossible_size_is_refused(tmp_path: Path, size: int, says: str) -> None:
+    assert says in refusal(image(tmp_path, size))
+
+
+def test_4096_byte_sectors_need_a_size_to_match(tmp_path: Path) -> None:
+    assert "4096-byte sector" in refusal(image(tmp_path, 512), sector_size=4096)
+    disk = RawDisk(image(tmp_path), sector_size=4096)
+    assert (disk.sector_size, disk.physical_sector_size) == (4096, 4096)
+    assert "sector sizes 512/1000" in refusal(image(tmp_path), physical_sector_size=1000)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    assert "no such file" in refusal(str(tmp_path / "nothing.img"))
+    assert "not a regular file" in refusal(str(tmp_path))
+    assert "not a regular file" in refusal("/dev/null")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
+def test_image_without_write_permission_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = image(tmp_path)
+    os.chmod(path, 0o400)
+    assert ",readonly" in refusal(path)
+    RawDisk(path, readonly=True).close()
+
+
+def test_failed_open_leaves_no_file_open(tmp_path: Path) -> None:
+    path = image(tmp_path, 1000)
+    before = os.listdir("/proc/self/fd")
+    refusal(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_identity_belongs_to_the_path(tmp_path: Path) -> None:
+    first, second = image(tmp_path, name="a.img"), image(tmp_path, name="b.img")
+    link = tmp_path / "link.img"
+    link.symlink_to(first)
+    disk = RawDisk(first)
+    identity = disk.identity
+    disk.close()
+    assert len(identity) == 16
+    assert RawDisk(str(link)).identity == identity
+    assert RawDisk(second).identity != identity
+
+
+def test_storage_loads_nothing_slow() -> None:
+    script = "import sys; import devices.storage.raw; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    slow = {"ctypes", "dataclasses", "enum", "hashlib", "inspect", "json", "logging", "pathlib", "re", "typing"}
+    assert not loaded & slow
+
+
+def test_lock_structure_is_the_kernels() -> None:
+    assert raw._FLOCK.size == 32 and raw._SPACE_RESV.size == 48
