@@ -11,7 +11,7 @@ import stat
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import lz4.block
@@ -69,17 +69,15 @@ class Archive:
         return header + bytes(-len(header) % 4) + data + bytes(-len(data) % 4)
 
 
-def add_busybox(archive: Archive, applets: Iterable[str] = ()) -> None:
-    """Add the host's static busybox as /bin/busybox, with links for all its applets or for `applets` only."""
+def add_busybox(archive: Archive, without: Collection[str] = ()) -> None:
+    """Add the host's static busybox as /bin/busybox, with links for all its applets but those in `without`."""
     if not BUSYBOX.exists():
         raise RecipeError("busybox-static is missing; `make setup` installs it")
     archive.add("bin/busybox", BUSYBOX)
-    names = list(applets)
-    if not names:
-        listing = subprocess.run([BUSYBOX, "--list"], capture_output=True, text=True, check=True)
-        names = [name for name in listing.stdout.split() if name != "busybox"]
-    for name in names:
-        archive.link(f"bin/{name}", "busybox")
+    listing = subprocess.run([BUSYBOX, "--list"], capture_output=True, text=True, check=True)
+    for name in listing.stdout.split():
+        if name != "busybox" and name not in without:
+            archive.link(f"bin/{name}", "busybox")
 
 
 def add_program(archive: Archive, name: str, program: str) -> None:

@@ -1,0 +1,83 @@
+"""A stock Linux guest: Debian's own kernel, its own Hyper-V drivers, and an initramfs that runs one script.
+
+The script runs as root under busybox's shell with its output on the console; when it ends the guest powers off. It reports
+with ``result KEY VALUE``, which prints a line that `results` finds in the console's output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from guests import initramfs, packages
+
+COMMAND_LINE = "console=ttyS0 quiet panic=-1"
+"""For these guests: a slow serial port isn't burdened with messages (dmesg has them all), and a panic resets."""
+
+_HYPERV_MODULES = (
+    *("hv_vmbus", "hv_storvsc", "sd_mod", "hv_utils", "hv_balloon", "hv_netvsc", "hv_sock"),
+    *("hyperv-keyboard", "hid-hyperv"),
+)
+_FLAVOURS = {
+    "cloud": ("cloud-amd64", (*_HYPERV_MODULES, "hyperv_fb", "ext4")),
+    "generic": ("amd64", (*_HYPERV_MODULES, "hyperv_drm", "crc32c_generic", "ext4")),
+}
+_HERE = Path(__file__).parent
+# What the kernel itself calls for an orderly shutdown (kernel.poweroff_cmd), so also for the shutdown integration service.
+_POWER_OFF = b"#!/bin/sh\nexec busybox poweroff -f\n"
+_REBOOT = b"#!/bin/sh\nexec busybox reboot -f\n"
+_RESULT = b'#!/bin/sh\nkey=$1\nshift\necho "RESULT $key=$*"\n'
+
+
+@dataclass(frozen=True)
+class Images:
+    """The files of a bootable guest."""
+
+    kernel: Path
+    """Debian's bzImage."""
+
+    vmlinux: Path
+    """The ELF kernel within it, unpacked: the same guest, sooner up where the processor is emulated."""
+
+    initrd: Path
+
+
+def build(
+    script: str | Path = "",
+    *,
+    flavour: str = "cloud",
+    files: Mapping[str, Path | bytes] | None = None,
+    extra_modules: Sequence[str] = (),
+) -> Images:
+    """Return a guest that runs `script` (its text or its file; when empty, an interactive shell).
+
+    `flavour` is ``cloud`` or ``generic``. `files` are added to the initramfs under their names, executable.
+    `extra_modules` are loaded after the Hyper-V drivers. Raises packages.RecipeError; KeyError for an unknown flavour.
+    """
+    meta_package, modules = _FLAVOURS[flavour]
+    kernel = packages.kernel(meta_package)
+    archive = initramfs.Archive()
+    initramfs.add_busybox(archive, without=("mke2fs", "poweroff", "reboot"))
+    initramfs.add_program(archive, "sbin/mke2fs", "mke2fs")
+    archive.link("sbin/mkfs.ext4", "mke2fs")
+    archive.add("etc/mke2fs.conf", Path("/etc/mke2fs.conf"), 0o644)
+    initramfs.add_modules(archive, kernel.modules, [*modules, *extra_modules])
+    for folder in ("proc", "sys", "dev"):
+        archive.folder(folder)
+    archive.add("init", _HERE / "init.sh")
+    archive.add("sbin/poweroff", _POWER_OFF)
+    archive.add("sbin/reboot", _REBOOT)
+    archive.add("bin/result", _RESULT)
+    text = script.read_text() if isinstance(script, Path) else script
+    if text:
+        archive.add("script", text.encode())
+    for name, content in (files or {}).items():
+        archive.add(name.lstrip("/"), content)
+    return Images(kernel.image, initramfs.unpacked_kernel(kernel.image), initramfs.stored(archive, f"linux-{flavour}"))
+
+
+def results(console: str) -> dict[str, str]:
+    """Return what the guest's script reported with ``result``, the last value for each key."""
+    return dict(re.findall(r"^RESULT ([^=\s]+)=([^\r\n]*)", console, re.MULTILINE))

@@ -1,0 +1,18 @@
+#!/bin/sh
+# PID 1 of the stock guest: loads the stock drivers, runs /script on the console and switches the machine off.
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm /run /tmp /mnt
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /run
+export PATH=/sbin:/bin HOME=/
+# Off Hyper-V hv_vmbus refuses to load, and so do the drivers above it; that is for the script to judge.
+while read -r module; do insmod "/modules/$module"; done </modules/order 2>/dev/null
+if [ -e /script ]; then
+    sh /script
+else
+    echo 'No script was given; `exit` switches the machine off.'
+    setsid cttyhack sh
+fi
+exec /sbin/poweroff
