@@ -9,21 +9,19 @@ import os
 import threading
 from collections import deque
 
+from devices.vmbus.packets import ChannelViolation, completion, packet_size
 from pyvmm.core._hot import RingError
 from pyvmm.core.memory import GuestMemoryError
-
-from devices.vmbus.packets import ChannelViolation, completion, packet_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from devices.vmbus.vsp import Vsp
     from pyvmm.core._hot import Packet, Ring
     from pyvmm.core.clock import Clock
     from pyvmm.core.worker import Worker
-
-    from devices.vmbus.vsp import Vsp
 
 #: Packets that may wait for room in the outgoing ring.
 PENDING_LIMIT = 4096

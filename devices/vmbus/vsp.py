@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.core.device import Device
-
 from devices.vmbus.packets import (
     COMPLETION_REQUESTED,
     PACKET_COMPLETION,
@@ -19,17 +17,17 @@ from devices.vmbus.packets import (
     parse_pipe_message,
     pipe_message,
 )
+from pyvmm.core.device import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from pyvmm.core._hot import Packet
-    from pyvmm.core.worker import Worker
-
     from devices.vmbus.bus import VmBus
     from devices.vmbus.channel import Channel
+    from pyvmm.core._hot import Packet
+    from pyvmm.core.worker import Worker
 
 #: Offer flags (Linux 6.1 include/linux/hyperv.h, VMBUS_CHANNEL_*).
 OFFER_ENUMERATE_INTERFACE = 0x1

@@ -1,5 +1,7 @@
 #include "hot.h"
 
+PyObject *RingError;
+
 static struct PyModuleDef hot_module = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "pyvmm.core._hot",
@@ -13,11 +15,14 @@ PyMODINIT_FUNC PyInit__hot(void)
 	PyObject *module = PyModule_Create(&hot_module);
 	if (!module)
 		return NULL;
-	PyTypeObject *types[] = {&Memory_Type, &ReferenceTime_Type, &Doorbells_Type, &SynIC_Type, &Vp_Type};
+	PyTypeObject *types[] = {&Memory_Type, &ReferenceTime_Type, &Doorbells_Type, &Ring_Type, &SynIC_Type, &Vp_Type};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)
 			goto fail;
 	}
+	RingError = PyErr_NewException("pyvmm.core._hot.RingError", PyExc_ValueError, NULL);
+	if (!RingError || PyModule_AddObjectRef(module, "RingError", RingError) < 0)
+		goto fail;
 	return module;
 fail:
 	Py_DECREF(module);
