@@ -6,6 +6,7 @@
 
 #include "hot.h"
 
+#include <stddef.h>
 #include <string.h>
 
 enum {
