@@ -1,0 +1,1 @@
+"""ACPI tables for guests that are started without firmware."""

@@ -1,0 +1,62 @@
+"""Where everything stands on the board: the one place of its I/O ports, interrupt lines and reserved addresses.
+
+The ports are those of a PC/AT. RAM and its hole below 4 GiB are `pyvmm.core.memory`'s; the hole is used so::
+
+    0xC000_0000  free (PCI)
+    0xF000_0000  VMBus MMIO, low window
+    0xF800_0000  free
+    0xFEC0_0000  IOAPIC
+    0xFEE0_0000  LAPIC
+    0xFEFF_C000  KVM's identity map page, then its three TSS pages
+    0xFF00_0000  firmware ROM of up to 16 MiB, ending at 4 GiB
+"""
+
+from __future__ import annotations
+
+from pyvmm.core.memory import HOLE_END
+
+GIB = 1 << 30
+
+# I/O ports and interrupt lines.
+COM1_PORT, COM1_IRQ = 0x3F8, 4
+COM2_PORT, COM2_IRQ = 0x2F8, 3
+RTC_PORT, RTC_IRQ = 0x70, 8
+I8042_DATA_PORT, I8042_COMMAND_PORT = 0x60, 0x64
+KEYBOARD_IRQ, MOUSE_IRQ = 1, 12
+#: PM1a status and enable, 2 bytes each.
+PM1A_EVENT_PORT, PM1A_EVENT_SIZE = 0x600, 4
+PM1A_CONTROL_PORT, PM1A_CONTROL_SIZE = 0x604, 2
+#: A 32-bit counter of 3.579545 MHz.
+PM_TIMER_PORT, PM_TIMER_SIZE = 0x608, 4
+SCI_IRQ = 9
+RESET_PORT, RESET_VALUE = 0xCF9, 0x06
+#: QEMU's isa-debug-exit, present with --testdev only.
+DEBUG_EXIT_PORT = 0xF4
+
+#: SLP_TYP values of PM1a control (bits 10-12); S5 is what `devices.legacy.acpi_pm` powers off on.
+SLEEP_TYPE_S0, SLEEP_TYPE_S5 = 0, 5
+
+# Memory below 1 MiB that is not RAM to the guest: the BIOS data area's end up to 1 MiB.
+EBDA_START = 0x9_FC00
+RSDP_ADDRESS = 0xE_0000
+SMBIOS_ADDRESS = 0xF_0000
+HIGH_MEMORY = 0x10_0000
+
+IOAPIC_ADDRESS = 0xFEC0_0000
+LAPIC_ADDRESS = 0xFEE0_0000
+#: KVM_SET_IDENTITY_MAP_ADDR (one page) and KVM_SET_TSS_ADDR (three pages).
+KVM_IDENTITY_MAP_ADDRESS = 0xFEFF_C000
+KVM_TSS_ADDRESS = 0xFEFF_D000
+KVM_PAGES_END = 0xFF00_0000
+
+ROM_END = HOLE_END
+ROM_MAX_SIZE = 16 << 20
+
+#: What VMBus devices may place in guest physical space (frame buffer, PCI windows).
+VMBUS_LOW_MMIO, VMBUS_LOW_MMIO_SIZE = 0xF000_0000, 128 << 20
+VMBUS_HIGH_MMIO_SIZE = 512 << 20
+
+
+def vmbus_high_mmio(memory_top: int) -> int:
+    """Return where the high VMBus window of VMBUS_HIGH_MMIO_SIZE bytes starts: the first GiB boundary above all RAM."""
+    return (max(memory_top, HOLE_END) + GIB - 1) // GIB * GIB
