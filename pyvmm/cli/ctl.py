@@ -1,0 +1,150 @@
+"""``pyvmm ctl``: steer a running VM through its control socket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+
+from pyvmm.cli import EXIT_FAILED, CliError
+from pyvmm.machine.config import ConfigError, parse_disk
+from pyvmm.machine.control import DEFAULT_SHUTDOWN_S
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from pyvmm.cli import Parser
+
+EXIT_NO_VM = 3
+
+#: How long a VM may take to answer, beyond what a shutdown is given.
+_REPLY_S = 30.0
+_MAX_REPLY = 64 << 20
+
+_COMMANDS = {
+    "shutdown": "ask the guest to shut down, through its integration service",
+    "poweroff": "turn the VM off at once",
+    "reset": "reset the VM at once",
+    "pause": "stop the VM's processors, devices and clock",
+    "resume": "go on after pause",
+    "inspect": "show the live state of the VM, or a part of it",
+    "add-disk": "plug in a disk",
+    "remove-disk": "unplug a disk",
+    "status": "show the VM's name, process and state",
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
+    """Add the ``ctl`` command."""
+    parser = subparsers.add_parser(
+        "ctl",
+        help="steer a running VM",
+        description="Steer a VM that was started with --control SOCKET.",
+        epilog="exit status: 0 done, 1 refused by the VM or not obeyed by the guest, 2 usage, 3 no VM at SOCKET",
+    )
+    parser.add_argument("socket", metavar="SOCKET", help="the VM's control socket")
+    actions = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, prog="pyvmm ctl SOCKET"
+    )
+    by_name: dict[str, Parser] = {}
+    for name, text in _COMMANDS.items():
+        by_name[name] = action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        action.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form of the output")
+    by_name["shutdown"].add_argument(
+        "--timeout", metavar="S", type=float, default=DEFAULT_SHUTDOWN_S, help="seconds that the guest is given"
+    )
+    by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
+    by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as devices/uart0")
+    by_name["add-disk"].add_argument("disk", metavar="PATH[,readonly][,controller=N]", type=parse_disk)
+    by_name["remove-disk"].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send one command and print the reply; return 1 if the VM refused it or the guest did not obey."""
+    reply = request(args.socket, _request(args), _REPLY_S + getattr(args, "timeout", 0.0))
+    obeyed = reply.get("ok") is True and reply.get("obeyed", True) is True
+    if args.output == "json":
+        print(json.dumps(reply, indent=2))
+    elif reply.get("ok") is not True:
+        raise CliError(str(reply.get("error")), EXIT_FAILED)
+    else:
+        print("\n".join(_lines(args, reply)))
+    return 0 if obeyed else EXIT_FAILED
+
+
+def request(path: str, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Send `message` to the control socket at `path` and return the reply within `timeout` seconds.
+
+    Raises CliError: status 3 if no VM listens there, 1 if it does not answer as it should.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(path)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise CliError(f"no VM listens at {path}: {why}", EXIT_NO_VM) from error
+        try:
+            connection.sendall(json.dumps(message).encode() + b"\n")
+            with connection.makefile("rb") as replies:
+                line = replies.readline(_MAX_REPLY)
+        except TimeoutError as error:
+            raise CliError(f"the VM at {path} did not answer within {timeout:g} s", EXIT_FAILED) from error
+        except OSError as error:
+            raise CliError(f"the VM at {path} hung up: {error.strerror}", EXIT_FAILED) from error
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        reply = None
+    if not isinstance(reply, dict):
+        raise CliError(f"the VM at {path} ended without an answer", EXIT_FAILED)
+    return reply
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    message: dict[str, Any] = {"command": args.command}
+    if args.command == "shutdown":
+        message.update(timeout=args.timeout, restart=args.restart)
+    elif args.command == "inspect":
+        message.update(path=args.path)
+    elif args.command == "add-disk":
+        path = os.path.abspath(args.disk.path)
+        message.update(path=path, readonly=args.disk.readonly, controller=args.disk.controller)
+    elif args.command == "remove-disk":
+        message.update(controller=args.place[0], lun=args.place[1])
+    return message
+
+
+def _place(text: str) -> tuple[int, int]:
+    controller, colon, lun = text.partition(":")
+    if not (colon and controller.isdecimal() and lun.isdecimal() and len(text) < 8):
+        raise ConfigError(f"{text!r} is not CONTROLLER:LUN, such as 0:1")
+    return int(controller), int(lun)
+
+
+def _lines(args: argparse.Namespace, reply: dict[str, Any]) -> list[str]:
+    if "inspect" in reply:
+        node = reply["inspect"]
+        return list(_tree(node)) if isinstance(node, dict | list) else [_scalar(node)]
+    if "message" in reply:
+        return [str(reply["message"])]
+    return [f"{key}: {_scalar(value)}" for key, value in reply.items() if key not in ("ok", "version")]
+
+
+def _tree(node: Any, indent: str = "") -> Iterator[str]:
+    """Lines of ``key: value``, deeper levels indented."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in pairs:
+        if isinstance(value, dict | list) and value:
+            yield f"{indent}{key}:"
+            yield from _tree(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

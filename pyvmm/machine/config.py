@@ -1,0 +1,198 @@
+"""What one VM is made of: the single definition behind the command line, VM files and their JSON schema.
+
+This module is on the start-up path and so has no imports beyond ``os``; reading VM files stands in
+`pyvmm.machine.config_file`.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MIB = 1 << 20
+MAX_CPUS = 64
+MIN_MEMORY = MIB
+MAX_MEMORY = 1 << 40
+#: A Hyper-V VM has up to four SCSI controllers with up to 64 disks each.
+MAX_CONTROLLERS = 4
+MAX_LUNS = 64
+MAX_NAME = 64
+
+_PAGE_SIZE = 4096
+_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class ConfigError(Exception):
+    """Something the user asked for cannot be done; the message is one line that says what to change."""
+
+
+class DiskConfig:
+    """A disk on one of the VM's synthetic SCSI controllers; its LUN is the next free one there."""
+
+    path: str
+    readonly: bool = False
+    controller: int = 0
+
+    def __init__(self, path: str, readonly: bool = False, controller: int = 0) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.controller = controller
+
+
+class VmConfig:
+    """One VM. `memory` is in bytes, `timeout` in seconds."""
+
+    name: str = "vm"
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str = ""
+    firmware: str | None = None
+    cpus: int = 1
+    memory: int = 256 * MIB
+    huge_pages: bool = False
+    disks: list[DiskConfig]
+    enlightenments: str = "full"
+    com1: str = "stdio"
+    control: str | None = None
+    reboot: bool = True
+    testdev: bool = False
+    timeout: float | None = None
+
+    def __init__(self, **values: Any) -> None:
+        self.disks = []
+        for name, value in values.items():
+            if name not in VmConfig.__annotations__:
+                raise TypeError(f"a VM has no {name!r}")
+            setattr(self, name, value)
+
+
+#: What each field of VmConfig and DiskConfig means, for help texts and the schema.
+DESCRIPTIONS = {
+    "name": "name of the VM",
+    "kernel": "Linux kernel to boot: bzImage or ELF vmlinux",
+    "initrd": "initial RAM disk for the kernel",
+    "cmdline": "kernel command line",
+    "firmware": "raw ROM image, mapped to end at 4 GiB and started at the reset vector",
+    "cpus": f"number of virtual processors, 1 to {MAX_CPUS}",
+    "memory": "guest memory, such as 512M or 2GiB",
+    "huge_pages": "back guest memory with transparent huge pages",
+    "disks": "disks on the synthetic SCSI controllers",
+    "enlightenments": "what the guest sees of Hyper-V: a profile and changes, such as full,-stimer_direct",
+    "com1": "where the first serial port goes: stdio, file:PATH, unix:PATH or none",
+    "control": "unix socket on which 'pyvmm ctl' reaches the VM",
+    "reboot": "start again when the guest resets, instead of ending",
+    "testdev": "add the isa-debug-exit device at port 0xf4",
+    "timeout": "stop the VM after this many seconds",
+    "path": "disk image, raw",
+    "readonly": "refuse the guest's writes",
+    "controller": f"SCSI controller, 0 to {MAX_CONTROLLERS - 1}",
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``4096``, ``512M``, ``2GiB`` and the like, all powers of 1024. Raises ConfigError."""
+    number = text.strip()
+    upper = number.upper()
+    unit = ""
+    for suffix in ("IB", ""):
+        stem = upper[: -len(suffix)] if suffix and upper.endswith(suffix) else upper
+        if stem[-1:] in ("K", "M", "G", "T"):
+            number, unit = stem[:-1].strip(), stem[-1]
+            break
+    if not (number.isascii() and number.isdigit()) or len(number) > 16:
+        raise ConfigError(f"{text!r} is not a size: write a whole number with K, M, G or T, such as 512M or 2GiB")
+    return int(number) * _SIZE_UNITS[unit]
+
+
+def format_size(size: int) -> str:
+    """The shortest exact form that `parse_size` reads back."""
+    for unit in ("T", "G", "M", "K"):
+        if size and size % _SIZE_UNITS[unit] == 0:
+            return f"{size // _SIZE_UNITS[unit]}{unit}iB"
+    return str(size)
+
+
+def parse_disk(text: str) -> DiskConfig:
+    """A disk from ``PATH[,readonly][,controller=N]``. Raises ConfigError."""
+    path, *options = text.split(",")
+    disk = DiskConfig(path)
+    for option in options:
+        key, _, value = option.partition("=")
+        if option == "readonly":
+            disk.readonly = True
+        elif key == "controller" and value.isascii() and value.isdigit() and len(value) < 4:
+            disk.controller = int(value)
+        else:
+            raise ConfigError(f"disk {text!r}: unknown option {option!r}: write PATH[,readonly][,controller=N]")
+    _check_disk(disk)
+    return disk
+
+
+def split_com1(spec: str) -> tuple[str, str]:
+    """(kind, path) of a `VmConfig.com1`; the path is empty for ``stdio`` and ``none``. Raises ConfigError."""
+    kind, colon, path = spec.partition(":")
+    if (kind in ("stdio", "none") and not colon) or (kind in ("file", "unix") and path):
+        return kind, path
+    raise ConfigError(f"com1 {spec!r}: choose stdio, file:PATH, unix:PATH or none")
+
+
+def _check_disk(disk: DiskConfig) -> None:
+    if not disk.path:
+        raise ConfigError("a disk needs a path")
+    if not 0 <= disk.controller < MAX_CONTROLLERS:
+        raise ConfigError(f"disk {disk.path}: controller {disk.controller} is not 0 to {MAX_CONTROLLERS - 1}")
+
+
+def validate(config: VmConfig) -> None:
+    """Raise ConfigError unless the parts of `config` make a VM; looks at no file."""
+    if not (0 < len(config.name) <= MAX_NAME and config.name.isprintable()):
+        raise ConfigError(f"name: {config.name!r} is not 1 to {MAX_NAME} printable characters")
+    if not config.kernel and not config.firmware:
+        raise ConfigError("nothing to start: give a kernel or a firmware")
+    if config.kernel and config.firmware:
+        raise ConfigError("give a kernel or a firmware, not both")
+    if config.initrd and not config.kernel:
+        raise ConfigError("an initrd needs a kernel")
+    if config.cmdline and not config.kernel:
+        raise ConfigError("a cmdline needs a kernel")
+    if "\0" in config.cmdline:
+        raise ConfigError("cmdline: it holds a NUL character")
+    if not 1 <= config.cpus <= MAX_CPUS:
+        raise ConfigError(f"cpus: {config.cpus} is not 1 to {MAX_CPUS}")
+    if not MIN_MEMORY <= config.memory <= MAX_MEMORY:
+        raise ConfigError(f"memory: {format_size(config.memory)} is not 1MiB to 1TiB")
+    if config.memory % _PAGE_SIZE:
+        raise ConfigError(f"memory: {config.memory} bytes is not a multiple of {_PAGE_SIZE}")
+    if config.timeout is not None and not 0 < config.timeout < 1e9:
+        raise ConfigError(f"timeout: {config.timeout} is not a positive number of seconds")
+    on_controller = [0] * MAX_CONTROLLERS
+    for disk in config.disks:
+        _check_disk(disk)
+        on_controller[disk.controller] += 1
+        if on_controller[disk.controller] > MAX_LUNS:
+            raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
+    split_com1(config.com1)
+
+
+def check_files(config: VmConfig) -> None:
+    """Raise ConfigError for the first file that `config` names and that cannot be opened as it asks."""
+    for what, path in (("kernel", config.kernel), ("initrd", config.initrd), ("firmware", config.firmware)):
+        if path is not None:
+            _check_file(what, path, os.R_OK)
+    for disk in config.disks:
+        _check_file("disk", disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK)
+
+
+def _check_file(what: str, path: str, mode: int) -> None:
+    if "\0" in path:
+        raise ConfigError(f"{what} {path!r}: the path holds a NUL character")
+    if os.path.isdir(path):
+        raise ConfigError(f"{what} {path}: it is a directory")
+    if not os.path.exists(path):
+        raise ConfigError(f"{what} {path}: no such file")
+    if not os.access(path, mode):
+        kind = "written (add ,readonly to only read it)" if os.access(path, os.R_OK) else "read"
+        raise ConfigError(f"{what} {path}: it cannot be {kind}: permission denied")

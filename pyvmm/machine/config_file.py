@@ -1,0 +1,141 @@
+"""VM files: TOML that is checked against `VmConfig`, and the JSON schema of what may stand in one.
+
+The checking types are made from the annotations of VmConfig, so that a field is declared once. Relative
+paths in a VM file count from the file's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import typing
+from typing import Annotated, Any
+
+import msgspec
+
+from pyvmm.machine.config import (
+    DESCRIPTIONS,
+    MAX_CONTROLLERS,
+    MAX_CPUS,
+    MAX_NAME,
+    ConfigError,
+    DiskConfig,
+    VmConfig,
+    format_size,
+    parse_size,
+    split_com1,
+)
+
+_MAX_FILE = 1 << 20
+
+
+def _struct(cls: type, replaced: dict[str, Any]) -> type[msgspec.Struct]:
+    fields: list[tuple[str, Any, Any]] = []
+    for name, kind in typing.get_type_hints(cls).items():
+        kind = Annotated[replaced.get(name, kind), msgspec.Meta(description=DESCRIPTIONS[name])]
+        if name == "disks":
+            default: Any = msgspec.field(default_factory=list)
+        else:
+            default = getattr(cls, name, msgspec.NODEFAULT)
+        fields.append((name, kind, default))
+    return msgspec.defstruct(cls.__name__, fields, forbid_unknown_fields=True)
+
+
+_Disk = _struct(DiskConfig, {"controller": Annotated[int, msgspec.Meta(ge=0, lt=MAX_CONTROLLERS)]})
+_Vm = _struct(
+    VmConfig,
+    {
+        "name": Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)],
+        "cpus": Annotated[int, msgspec.Meta(ge=1, le=MAX_CPUS)],
+        "memory": int | str,
+        "disks": list[_Disk],  # type: ignore[valid-type]
+        "timeout": Annotated[float, msgspec.Meta(gt=0)] | None,
+    },
+)
+
+
+def load(path: str) -> VmConfig:
+    """Read the VM file at `path`; raises ConfigError with the place of the error in it.
+
+    The values fit their types; whether they make a VM is for `validate` to say, after the caller's changes.
+    """
+    return parse(_read(path), path)
+
+
+def parse(text: bytes, path: str) -> VmConfig:
+    """`load` for a text that stands, or would stand, at `path`."""
+    try:
+        loaded = msgspec.toml.decode(text, type=_Vm)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(str(error))}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {str(error) or 'nested too deeply'}") from error
+    values: dict[str, Any] = msgspec.structs.asdict(loaded)
+    folder = os.path.dirname(path)
+    if isinstance(values["memory"], str):
+        try:
+            values["memory"] = parse_size(values["memory"])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: memory: {error}") from error
+    values["disks"] = [
+        DiskConfig(os.path.join(folder, disk.path) if disk.path else "", disk.readonly, disk.controller)
+        for disk in values["disks"]
+    ]
+    for name in ("kernel", "initrd", "firmware", "control"):
+        if values[name]:
+            values[name] = os.path.join(folder, values[name])
+    try:
+        kind, target = split_com1(values["com1"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if target:
+        values["com1"] = f"{kind}:{os.path.join(folder, target)}"
+    return VmConfig(**values)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_FILE + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"VM file {path}: {why}") from error
+    if len(text) > _MAX_FILE:
+        raise ConfigError(f"VM file {path}: larger than {format_size(_MAX_FILE)}")
+    return text
+
+
+def _explain(message: str) -> str:
+    """Turn the checker's ``Expected `str`, got `int` - at `$.disks[0].path``` into ``disks[0].path: expected ...``."""
+    reason, _, place = message.partition(" - at `$")
+    reason = (reason[:1].lower() + reason[1:]).replace("`", "")
+    place = place.rstrip("`").lstrip(".")
+    return f"{place}: {reason}" if place else reason
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a VM file."""
+    return msgspec.json.schema(_Vm)
+
+
+def to_dict(config: VmConfig) -> dict[str, Any]:
+    """Every field of `config` as plain data, in the order of its definition."""
+    values: dict[str, Any] = {name: getattr(config, name) for name in VmConfig.__annotations__}
+    values["disks"] = [vars(disk) for disk in config.disks]
+    values["memory"] = format_size(config.memory)
+    return values
+
+
+def to_toml(config: VmConfig) -> str:
+    """A VM file that gives `config` again; fields without a value are left out."""
+    values = to_dict(config)
+    disks = values.pop("disks")
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    for disk in disks:
+        lines += ["", "[[disks]]", *(f"{name} = {_toml(value)}" for name, value in disk.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: bool | float | str) -> str:
+    """One TOML value. JSON's forms are TOML's too, except that TOML wants DEL escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
