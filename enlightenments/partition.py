@@ -346,6 +346,11 @@ class Partition(Ports):
         """See `Ports`."""
         self._hypercalls.message_ports.pop(connection_id, None)
 
+    def forward(self, connection_id: int, message_type: int, payload: bytes) -> bool:
+        """Hand a message to whoever is connected to `connection_id` now; False if nobody is or takes it."""
+        handler = self._hypercalls.message_ports.get(connection_id)
+        return handler is not None and handler(message_type, payload)
+
     def connect_event_port(self, connection_id: int, eventfd: int) -> None:
         """See `Ports`."""
         self.doorbells.connect(connection_id, eventfd)

@@ -7,9 +7,7 @@ from typing import Any, Protocol
 class Memory:
     """Guest memory for C code: the one place where a GPA becomes an address, with its bounds checked."""
 
-    def add(
-        self, gpa: int, buffer: mmap | bytearray | memoryview, readonly: bool, /
-    ) -> None:
+    def add(self, gpa: int, buffer: mmap | bytearray | memoryview, readonly: bool, /) -> None:
         """Add a region. The buffer stays exported (and so mapped) as long as this object lives."""
 
 class RingError(ValueError):
@@ -82,9 +80,7 @@ class SynIC:
     reference time in 100 ns. With `vm_fd` -1 interrupts are not sent to KVM but kept for `take_interrupts`.
     """
 
-    def __init__(
-        self, memory: Memory, vm_fd: int, vp_index: int, apic_id: int, /
-    ) -> None: ...
+    def __init__(self, memory: Memory, vm_fd: int, vp_index: int, apic_id: int, /) -> None: ...
     def set_space_event(self, eventfd: int, /) -> None:
         """Write to `eventfd` when a queue that refused a message has room again; -1 for none."""
 

@@ -42,13 +42,9 @@ class Bus:
         if length <= 0:
             raise ValueError(f"{self.name} range {name} at {base:#x} is empty")
         if index and self._ranges[index - 1][0] + self._ranges[index - 1][1] > base:
-            raise ValueError(
-                f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index - 1][3]}"
-            )
+            raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index - 1][3]}")
         if index < len(self._bases) and base + length > self._bases[index]:
-            raise ValueError(
-                f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index][3]}"
-            )
+            raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index][3]}")
         self._bases.insert(index, base)
         self._ranges.insert(index, (base, length, handler, name))
 
@@ -79,11 +75,6 @@ class Bus:
     def inspect(self) -> dict[str, Any]:
         """The ranges, lowest first, and what was touched outside them."""
         return {
-            "ranges": [
-                {"base": base, "length": length, "name": name}
-                for base, length, _, name in self._ranges
-            ],
-            "unclaimed": {
-                f"{address:#x}": count for address, count in self.unclaimed.items()
-            },
+            "ranges": [{"base": base, "length": length, "name": name} for base, length, _, name in self._ranges],
+            "unclaimed": {f"{address:#x}": count for address, count in self.unclaimed.items()},
         }

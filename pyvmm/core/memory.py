@@ -53,9 +53,7 @@ class GuestMemory:
 
     def __init__(self, size: int, huge_pages: bool = False) -> None:
         if size <= 0 or size % PAGE_SIZE:
-            raise ValueError(
-                f"memory size {size} is not a positive multiple of {PAGE_SIZE}"
-            )
+            raise ValueError(f"memory size {size} is not a positive multiple of {PAGE_SIZE}")
         self.size = size
         self.regions: list[Region] = []
         #: The same regions for C code.
@@ -68,9 +66,7 @@ class GuestMemory:
             self._map(HOLE_END, size - low, low, huge_pages)
 
     def _map(self, gpa: int, length: int, offset: int, huge_pages: bool) -> None:
-        mapping = mmap.mmap(
-            self._fd, length, mmap.MAP_SHARED | _MAP_NORESERVE, offset=offset
-        )
+        mapping = mmap.mmap(self._fd, length, mmap.MAP_SHARED | _MAP_NORESERVE, offset=offset)
         if huge_pages:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._add(Region(gpa, mapping, False))
@@ -82,9 +78,7 @@ class GuestMemory:
     def add_rom(self, gpa: int, image: bytes) -> Region:
         """Map `image` read-only for the guest at page-aligned `gpa`; its length is a multiple of the page size."""
         if gpa % PAGE_SIZE or len(image) % PAGE_SIZE or not image:
-            raise ValueError(
-                f"a ROM of {len(image)} bytes at {gpa:#x} is not made of whole pages"
-            )
+            raise ValueError(f"a ROM of {len(image)} bytes at {gpa:#x} is not made of whole pages")
         mapping = mmap.mmap(-1, len(image), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapping[:] = image
         region = Region(gpa, mapping, True)
@@ -94,9 +88,7 @@ class GuestMemory:
     @property
     def top(self) -> int:
         """The first GPA above all RAM."""
-        return max(
-            region.gpa + region.size for region in self.regions if not region.readonly
-        )
+        return max(region.gpa + region.size for region in self.regions if not region.readonly)
 
     def ram_ranges(self) -> Iterator[tuple[int, int]]:
         """(GPA, length) of each run of RAM, lowest first."""

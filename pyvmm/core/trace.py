@@ -32,9 +32,7 @@ class Tracer:
             chosen = set(CATEGORIES)
         unknown = chosen.difference(CATEGORIES)
         if unknown:
-            raise ValueError(
-                f"unknown trace category {sorted(unknown)[0]!r}; choose from {', '.join(CATEGORIES)}, all"
-            )
+            raise ValueError(f"unknown trace category {sorted(unknown)[0]!r}; choose from {', '.join(CATEGORIES)}, all")
         self.msr = "msr" in chosen
         self.hypercall = "hypercall" in chosen
         self.synic = "synic" in chosen

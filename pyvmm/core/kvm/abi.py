@@ -48,9 +48,7 @@ class Regs(ctypes.Structure):
 
     _fields_ = [
         (name, c_uint64)
-        for name in (
-            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
-        )
+        for name in ("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split())
     ]
 
 
@@ -58,16 +56,10 @@ class Sregs(ctypes.Structure):
     """struct kvm_sregs."""
 
     _fields_ = [
-        *[
-            (name, Segment)
-            for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
-        ],
+        *[(name, Segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")],
         ("gdt", DescriptorTable),
         ("idt", DescriptorTable),
-        *[
-            (name, c_uint64)
-            for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
-        ],
+        *[(name, c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")],
         ("interrupt_bitmap", c_uint64 * 4),
     ]
 
@@ -90,10 +82,9 @@ MEM_READONLY = 2
 class CpuidEntry(ctypes.Structure):
     """struct kvm_cpuid_entry2."""
 
-    _fields_ = [
-        (name, c_uint32)
-        for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
-    ] + [("padding", c_uint32 * 3)]
+    _fields_ = [(name, c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")] + [
+        ("padding", c_uint32 * 3)
+    ]
 
 
 CPUID_FLAG_SIGNIFICANT_INDEX = 1
@@ -300,9 +291,7 @@ for _structure, _size in (
     (RunInternal, 136),
     (Run, 288),
 ):
-    assert ctypes.sizeof(_structure) == _size, (
-        f"{_structure.__name__} has {ctypes.sizeof(_structure)} bytes"
-    )
+    assert ctypes.sizeof(_structure) == _size, f"{_structure.__name__} has {ctypes.sizeof(_structure)} bytes"
 
 API_VERSION = 12
 
@@ -337,11 +326,6 @@ X86_SET_MSR_FILTER = ioc(_WRITE, 0xC6, ctypes.sizeof(MsrFilter))
 SET_DEVICE_ATTR = ioc(_WRITE, 0xE1, ctypes.sizeof(DeviceAttr))
 GET_DEVICE_ATTR = ioc(_WRITE, 0xE2, ctypes.sizeof(DeviceAttr))
 
-IOCTL_NAMES = {
-    value: f"KVM_{name}"
-    for name, value in list(globals().items())
-    if name.isupper() and isinstance(value, int) and value >> 8 & 0xFF == _KVMIO
-}
 
 # Exit reasons (KVM_EXIT_*).
 EXIT_NAMES = {
@@ -392,3 +376,35 @@ MP_STATE_UNINITIALIZED = 1
 MSR_IA32_TSC = 0x10
 MSR_IA32_APIC_BASE = 0x1B
 MSR_IA32_MISC_ENABLE = 0x1A0
+
+# State that is saved and set as a whole, opaque to this package: (name, get, set, bytes), in the order of setting.
+# Multiprocessor state comes first because it can make KVM reset the VP, events last because all others touch them.
+VP_STATE = (
+    ("mp_state", GET_MP_STATE, SET_MP_STATE, ctypes.sizeof(MpState)),
+    ("sregs", GET_SREGS, SET_SREGS, ctypes.sizeof(Sregs)),
+    ("regs", GET_REGS, SET_REGS, ctypes.sizeof(Regs)),
+    ("xcrs", ioc(_READ, 0xA6, 392), ioc(_WRITE, 0xA7, 392), 392),
+    ("xsave", ioc(_READ, 0xA4, 4096), ioc(_WRITE, 0xA5, 4096), 4096),
+    ("debugregs", ioc(_READ, 0xA1, 128), ioc(_WRITE, 0xA2, 128), 128),
+    ("lapic", GET_LAPIC, SET_LAPIC, ctypes.sizeof(LapicState)),
+    ("events", GET_VCPU_EVENTS, SET_VCPU_EVENTS, ctypes.sizeof(VcpuEvents)),
+)
+
+#: struct kvm_irqchip: u32 chip id (0 and 1 PIC, 2 IOAPIC), u32 padding, 512 bytes.
+IRQCHIP_SIZE = 520
+IRQCHIP_COUNT = 3
+GET_IRQCHIP = ioc(_READ | _WRITE, 0x62, IRQCHIP_SIZE)
+SET_IRQCHIP = ioc(_READ, 0x63, IRQCHIP_SIZE)
+#: struct kvm_pit_state2.
+PIT_STATE_SIZE = 112
+GET_PIT2 = ioc(_READ, 0x9F, PIT_STATE_SIZE)
+SET_PIT2 = ioc(_WRITE, 0xA0, PIT_STATE_SIZE)
+#: struct kvm_msr_list: u32 count, then u32 indices.
+MSR_INDEX_LIST_HEADER = 4
+GET_MSR_INDEX_LIST = ioc(_READ | _WRITE, 0x02, MSR_INDEX_LIST_HEADER)
+
+IOCTL_NAMES = {
+    value: f"KVM_{name}"
+    for name, value in list(globals().items())
+    if name.isupper() and isinstance(value, int) and value >> 8 & 0xFF == _KVMIO
+}

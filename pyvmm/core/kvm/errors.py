@@ -34,9 +34,7 @@ class KvmError(Exception):
     def __init__(self, request: str, number: int) -> None:
         remedy = _REMEDIES.get(number, "run 'pyvmm doctor' to see what this host lacks")
         name = errno.errorcode.get(number, str(number))
-        super().__init__(
-            f"{request} failed with {name} ({os.strerror(number)}): {remedy}"
-        )
+        super().__init__(f"{request} failed with {name} ({os.strerror(number)}): {remedy}")
         self.request = request
         self.errno = number
 
@@ -47,7 +45,7 @@ class MissingCapability(KvmError):
     def __init__(self, name: str, purpose: str) -> None:
         Exception.__init__(
             self,
-            f"this host's KVM lacks {name} ({purpose}): use Linux 5.15 or later; 'pyvmm doctor' tells more",
+            f"this host's KVM lacks {name} ({purpose}): use Linux 5.16 or later; 'pyvmm doctor' tells more",
         )
         self.request = name
         self.errno = errno.ENOSYS

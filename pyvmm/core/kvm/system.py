@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _CPUID_ENTRIES = 256
+_MSR_INDICES = 1024
 
 
 class System:
@@ -27,9 +28,7 @@ class System:
         version = ioctl(self.fd, abi.GET_API_VERSION)
         if version != abi.API_VERSION:
             os.close(self.fd)
-            raise MissingCapability(
-                f"API version {abi.API_VERSION}", f"it speaks version {version}"
-            )
+            raise MissingCapability(f"API version {abi.API_VERSION}", f"it speaks version {version}")
         self.run_size = ioctl(self.fd, abi.GET_VCPU_MMAP_SIZE)
 
     def __enter__(self) -> System:
@@ -64,9 +63,13 @@ class System:
         table = abi.cpuid_table(_CPUID_ENTRIES)()
         table.nent = _CPUID_ENTRIES
         ioctl(self.fd, abi.GET_SUPPORTED_CPUID, table)
-        return [
-            abi.CpuidEntry.from_buffer_copy(table.entries[i]) for i in range(table.nent)
-        ]
+        return [abi.CpuidEntry.from_buffer_copy(table.entries[i]) for i in range(table.nent)]
+
+    def msr_indices(self) -> list[int]:
+        """The MSRs that make up a VP's state, without the TSC, which runs on."""
+        table = (ctypes.c_uint32 * (1 + _MSR_INDICES))(_MSR_INDICES)
+        ioctl(self.fd, abi.GET_MSR_INDEX_LIST, table)
+        return [index for index in table[1 : 1 + table[0]] if index != abi.MSR_IA32_TSC]
 
     def create_vm(self) -> Vm:
         """Make an empty VM."""

@@ -12,6 +12,8 @@ from pyvmm.core.kvm.vp import Vp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.core.memory import Region
 
 
@@ -62,9 +64,7 @@ class Vm:
         """Make `count` MSRs from `base`, and all that KVM does not know, exit to user space."""
         reasons = abi.MSR_EXIT_REASON_UNKNOWN | abi.MSR_EXIT_REASON_FILTER
         self.enable_capability(capabilities.X86_USER_SPACE_MSR, reasons)
-        bitmap = (
-            ctypes.c_uint8 * (count // 8)
-        )()  # a clear bit denies the access to KVM
+        bitmap = (ctypes.c_uint8 * (count // 8))()  # a clear bit denies the access to KVM
         request = abi.MsrFilter()
         request.ranges[0].flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
         request.ranges[0].base = base
@@ -75,6 +75,23 @@ class Vm:
     def create_vp(self, index: int) -> Vp:
         """Make VP `index`, whose APIC id is `index` too."""
         return Vp(ioctl(self.fd, abi.CREATE_VCPU, index), index, self._run_size)
+
+    def get_state(self) -> dict[str, Any]:
+        """State of PIC, IOAPIC and PIT."""
+        chips = []
+        for number in range(abi.IRQCHIP_COUNT):
+            chip = (ctypes.c_uint8 * abi.IRQCHIP_SIZE)(number)
+            ioctl(self.fd, abi.GET_IRQCHIP, chip)
+            chips.append(bytes(chip))
+        pit = (ctypes.c_uint8 * abi.PIT_STATE_SIZE)()
+        ioctl(self.fd, abi.GET_PIT2, pit)
+        return {"irqchips": chips, "pit": bytes(pit)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set what `get_state` returned."""
+        for chip in state["irqchips"]:
+            ioctl(self.fd, abi.SET_IRQCHIP, (ctypes.c_uint8 * abi.IRQCHIP_SIZE).from_buffer_copy(chip))
+        ioctl(self.fd, abi.SET_PIT2, (ctypes.c_uint8 * abi.PIT_STATE_SIZE).from_buffer_copy(state["pit"]))
 
     def irq_line(self, number: int) -> KvmIrqLine:
         """Line `number` of the PIC (0-15) and IOAPIC (0-23)."""

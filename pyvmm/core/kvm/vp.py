@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -12,6 +13,7 @@ from pyvmm.core.kvm.errors import KvmError, ioctl
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 
 class Vp:
@@ -59,17 +61,22 @@ class Vp:
         request.nmsrs = 1
         request.entries[0].index = index
         if ioctl(self.fd, abi.GET_MSRS, request) != 1:
-            raise KvmError(f"reading MSR {index:#x}", 22)
+            raise KvmError(f"reading MSR {index:#x}", errno.EINVAL)
         return int(request.entries[0].data)
 
     def set_msrs(self, values: Iterable[tuple[int, int]]) -> int:
-        """Set MSRs in order up to the first that KVM refuses; return how many were set."""
+        """Set MSRs in order, passing over those that KVM refuses; return how many were set."""
         pairs = list(values)
-        request = abi.msr_list(len(pairs))()
-        request.nmsrs = len(pairs)
-        for entry, (index, value) in zip(request.entries, pairs, strict=True):
-            entry.index, entry.data = index, value
-        return ioctl(self.fd, abi.SET_MSRS, request)
+        total = 0
+        while pairs:
+            request = abi.msr_list(len(pairs))()
+            request.nmsrs = len(pairs)
+            for entry, (index, value) in zip(request.entries, pairs, strict=True):
+                entry.index, entry.data = index, value
+            done = ioctl(self.fd, abi.SET_MSRS, request)
+            total += done
+            pairs = pairs[done + 1 :]
+        return total
 
     def set_cpuid(self, entries: list[abi.CpuidEntry]) -> None:
         """Give the VP its CPUID leaves."""
@@ -103,20 +110,51 @@ class Vp:
         """Set pending exceptions, interrupts and NMIs."""
         ioctl(self.fd, abi.SET_VCPU_EVENTS, events)
 
+    def get_state(self, msr_indices: list[int]) -> dict[str, Any]:
+        """All of the VP that KVM keeps: blobs by the names of `abi.VP_STATE`, and ``msrs`` as {index: value}.
+
+        What this KVM does not have (XSAVE on some) is left out.
+        """
+        state: dict[str, Any] = {}
+        for name, get, _, size in abi.VP_STATE:
+            blob = (ctypes.c_uint8 * size)()
+            try:
+                ioctl(self.fd, get, blob)
+            except KvmError as error:
+                if error.errno not in (errno.EINVAL, errno.ENXIO, errno.ENOTTY):
+                    raise
+                continue
+            state[name] = bytes(blob)
+        state["msrs"] = self._get_msrs(msr_indices)
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set what `get_state` returned."""
+        for name, _, request, size in abi.VP_STATE:
+            if name in state:
+                ioctl(self.fd, request, (ctypes.c_uint8 * size).from_buffer_copy(state[name]))
+            if name == "sregs":  # EFER and the APIC base decide which MSRs may be set
+                self.set_msrs(state["msrs"].items())
+
+    def _get_msrs(self, indices: list[int]) -> dict[int, int]:
+        values: dict[int, int] = {}
+        while indices:
+            request = abi.msr_list(len(indices))()
+            request.nmsrs = len(indices)
+            for entry, index in zip(request.entries, indices, strict=True):
+                entry.index = index
+            done = ioctl(self.fd, abi.GET_MSRS, request)
+            values.update((int(entry.index), int(entry.data)) for entry in request.entries[:done])
+            indices = indices[done + 1 :]  # KVM stops at the first that it does not have after all
+        return values
+
     def tsc_khz(self) -> int:
         """The guest's TSC frequency in kHz."""
         return ioctl(self.fd, abi.GET_TSC_KHZ)
 
-    def tsc_offset(self) -> int | None:
-        """Guest TSC minus host TSC modulo 2**64, or None where this KVM cannot tell."""
+    def tsc_offset(self) -> int:
+        """Guest TSC minus host TSC modulo 2**64."""
         value = ctypes.c_uint64()
-        attribute = abi.DeviceAttr(
-            group=abi.VCPU_TSC_CTRL,
-            attr=abi.VCPU_TSC_OFFSET,
-            addr=ctypes.addressof(value),
-        )
-        try:
-            ioctl(self.fd, abi.GET_DEVICE_ATTR, attribute)
-        except KvmError:
-            return None
+        attribute = abi.DeviceAttr(group=abi.VCPU_TSC_CTRL, attr=abi.VCPU_TSC_OFFSET, addr=ctypes.addressof(value))
+        ioctl(self.fd, abi.GET_DEVICE_ATTR, attribute)
         return value.value

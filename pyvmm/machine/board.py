@@ -1,0 +1,111 @@
+"""The board: the legacy devices of a PC on its buses, there for enlightened and unenlightened guests alike."""
+
+from __future__ import annotations
+
+from devices.legacy.acpi_pm import AcpiPm
+from devices.legacy.i8042 import I8042
+from devices.legacy.rtc import Rtc
+from devices.legacy.system_ports import SystemPorts
+from devices.legacy.testdev import DebugExit
+from devices.legacy.uart import Uart
+from pyvmm.boot import layout
+from pyvmm.core.bus import Bus
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from devices.legacy.ports import PortRange
+    from pyvmm.core.clock import Clock
+    from pyvmm.core.device import Device
+    from pyvmm.core.irq import IrqLine
+    from pyvmm.core.memory import GuestMemory
+    from pyvmm.core.trace import Tracer
+    from pyvmm.core.worker import Worker
+
+
+class TracedBus(Bus):
+    """A bus that writes a line per access."""
+
+    def __init__(self, name: str, tracer: Tracer) -> None:
+        super().__init__(name)
+        self._tracer = tracer
+
+    def read(self, address: int, size: int) -> int:
+        """Read and tell."""
+        value = super().read(address, size)
+        self._tracer.line("io", f"{self.name} read {address:#x} size {size} = {value:#x}")
+        return value
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Write and tell."""
+        self._tracer.line("io", f"{self.name} write {address:#x} size {size} = {value:#x}")
+        super().write(address, size, value)
+
+
+class Board:
+    """All legacy devices, registered and wired.
+
+    The callbacks run on a VP's thread: `on_poweroff`, `on_reset`, and `on_exit` with an exit status, which only
+    the debug exit device calls.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        irq_line: Callable[[int], IrqLine],
+        cpus: int,
+        console: Callable[[bytes], None],
+        worker: Worker,
+        tracer: Tracer,
+        clock: Clock,
+        on_poweroff: Callable[[], None],
+        on_reset: Callable[[], None],
+        on_exit: Callable[[int], None] | None,
+    ) -> None:
+        self.pio = TracedBus("pio", tracer) if tracer.io else Bus("pio")
+        self.mmio = TracedBus("mmio", tracer) if tracer.io else Bus("mmio")
+        self.uart = Uart("uart0", irq_line(layout.COM1_IRQ), console, clock, worker.call_at)
+        low, *high = memory.ram_ranges()
+        self.rtc = Rtc(irq_line(layout.RTC_IRQ), low[1], high[0][1] if high else 0, cpus, clock, worker.call_at)
+        self.keyboard_controller = I8042(irq_line(layout.KEYBOARD_IRQ), irq_line(layout.MOUSE_IRQ), on_reset)
+        self.power = AcpiPm(irq_line(layout.SCI_IRQ), on_poweroff, clock)
+        system_ports = SystemPorts(self.keyboard_controller, on_reset)
+        self.devices: list[Device] = [self.uart, self.rtc, self.keyboard_controller, self.power, system_ports]
+        ports: list[PortRange] = [
+            (layout.COM1_PORT, 8, self.uart, self.uart.name),
+            *self.rtc.ports(),
+            *self.keyboard_controller.ports(),
+            *self.power.ports(),
+            *system_ports.ports(),
+        ]
+        if on_exit is not None:
+            debug_exit = DebugExit(on_exit)
+            self.devices.append(debug_exit)
+            ports += debug_exit.ports()
+        for port in ports:
+            self.pio.register(*port)
+
+    def reset(self) -> None:
+        """Power-on state of all."""
+        for device in self.devices:
+            device.reset()
+
+    def pause(self) -> None:
+        """Stop all."""
+        for device in self.devices:
+            device.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        for device in self.devices:
+            device.resume()
+
+    def inspect(self) -> dict[str, Any]:
+        """The devices by name, and the buses."""
+        return {
+            "devices": {device.name: device.inspect() for device in self.devices},
+            "pio": self.pio.inspect(),
+            "mmio": self.mmio.inspect(),
+        }

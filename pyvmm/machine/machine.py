@@ -1,0 +1,477 @@
+"""One VM: assembled from its configuration, run, controlled and taken apart.
+
+The thread that calls `Machine.run` owns the life cycle: devices, VPs and the control socket only post events to it
+and park the VPs; it decides. Order on resume: clock, devices, VPs; on pause the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from enlightenments import catalog
+from enlightenments.cpuid import hypervisor_leaves
+from enlightenments.partition import Partition
+from pyvmm.boot import layout
+from pyvmm.boot.entry import BootError
+from pyvmm.core import _hot
+from pyvmm.core.clock import Clock
+from pyvmm.core.device import GuestViolation
+from pyvmm.core.kvm import abi
+from pyvmm.core.kvm.errors import KvmError
+from pyvmm.core.kvm.system import System
+from pyvmm.core.memory import GuestMemory
+from pyvmm.core.worker import Worker
+from pyvmm.machine.board import Board
+from pyvmm.machine.processor import Processor, entry_registers, guest_cpuid, power_on_states
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from devices.storage.backend import Disk
+    from pyvmm.boot.entry import EntryState
+    from pyvmm.core.trace import GuestLog, Tracer
+    from pyvmm.machine.config import DiskConfig, VmConfig
+    from pyvmm.machine.console import Console
+    from pyvmm.machine.synthetic import SyntheticDevices
+
+EXIT_POWEROFF, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 2, 3, 4, 5, 124
+
+#: VMBus connection ids that a guest first posts to: from protocol 5.0 on the second.
+_VMBUS_CONNECTIONS = (1, 4)
+
+
+class MachineError(Exception):
+    """The VM cannot be made or started. One line, and the exit code that tells the kind."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Outcome:
+    """How a VM ended: `kind` is poweroff, reset, crash, timeout, exit or stopped; `message` is for people."""
+
+    __slots__ = ("exit_code", "kind", "message")
+
+    def __init__(self, kind: str, exit_code: int, message: str = "") -> None:
+        self.kind = kind
+        self.exit_code = exit_code
+        self.message = message
+
+
+class Machine:
+    """One VM. Raises MachineError from its making and from `run` if files or the host do not suffice."""
+
+    def __init__(self, config: VmConfig, *, tracer: Tracer, log: GuestLog, console: Console) -> None:
+        self.config = config
+        self._tracer = tracer
+        self._log = log
+        self._console = console
+        self._clock = Clock()
+        self._condition = threading.Condition()  # guards _events and _state
+        self._events: list[Outcome] = []
+        self._state = "stopped"
+        self._lifecycle = threading.RLock()  # one of pause, resume, reset, save at a time
+        self._synthetic: SyntheticDevices | None = None
+        self._synthetic_lock = threading.Lock()
+        self._disks: list[tuple[DiskConfig, Disk]] = []
+        try:
+            chosen = catalog.parse_spec(config.enlightenments)
+        except ValueError as error:
+            raise MachineError(str(error), EXIT_USAGE) from error
+        if config.disks and "vmbus" not in chosen:
+            raise MachineError("--disk needs the enlightenment vmbus: its controller is a VMBus device", EXIT_USAGE)
+        self._vmbus = "vmbus" in chosen
+        try:
+            self._open_disks()
+            self._assemble(chosen)
+            self._entry = self._load()
+            self._show_memory()
+        except (BootError, KvmError, OSError) as error:
+            self.close()
+            code = EXIT_USAGE if isinstance(error, BootError) else EXIT_HOST
+            raise MachineError(str(error), code) from error
+        except BaseException:
+            self.close()
+            raise
+
+    # Assembly -------------------------------------------------------------------------------------------------
+
+    def _open_disks(self) -> None:
+        if not self.config.disks:
+            return
+        for disk in self.config.disks:
+            self._disks.append((disk, self._open_disk(disk)))
+
+    def _open_disk(self, disk: DiskConfig) -> Disk:
+        from devices.storage.backend import DiskError
+        from devices.storage.raw import RawDisk
+
+        try:
+            return RawDisk(disk.path, disk.readonly)
+        except DiskError as error:
+            raise MachineError(str(error), EXIT_USAGE) from error
+
+    def _assemble(self, chosen: frozenset[str]) -> None:
+        config = self.config
+        self.memory = GuestMemory(config.memory, config.huge_pages)
+        self._worker = Worker("board", self._on_worker_error, self._clock)
+        self.partition = Partition(
+            self.memory, chosen, config.cpus, self._tracer, self._on_guest_reset, self._on_guest_crash
+        )
+        self.processors: list[Processor] = []
+        with System() as system:
+            system.require_capabilities()
+            self._vm = system.create_vm()
+            self._slots = 0
+            self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
+            self._vm.trap_msrs(catalog.MSR_BASE, catalog.MSR_COUNT)
+            self.board = Board(
+                self.memory,
+                self._vm.irq_line,
+                config.cpus,
+                self._console.write,
+                self._worker,
+                self._tracer,
+                self._clock,
+                lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),
+                self._on_guest_reset,
+                (lambda status: self._post(Outcome("exit", status & 0xFF))) if config.testdev else None,
+            )
+            supported = system.supported_cpuid()
+            address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
+            leaves = hypervisor_leaves(chosen, config.cpus, address_bits)
+            for index in range(config.cpus):
+                self._add_processor(index, guest_cpuid(supported, leaves, index, config.cpus))
+            self._power_on = power_on_states(self.processors, system.msr_indices())
+            self._power_on_vm = self._vm.get_state()
+        if self._vmbus:
+            for connection_id in _VMBUS_CONNECTIONS:
+                self.partition.connect_message_port(
+                    connection_id,
+                    lambda kind, payload, target=connection_id: self._first_message(target, kind, payload),  # type: ignore[misc]
+                )
+
+    def _add_processor(self, index: int, leaves: list[abi.CpuidEntry]) -> None:
+        vp = self._vm.create_vp(index)
+        vp.set_cpuid(leaves)
+        if index == 0:
+            self.partition.set_reference_time(vp.tsc_khz(), vp.tsc_offset())
+        reference = self.partition.reference
+        assert reference is not None
+        synic = self.partition.add_synic(self._vm.fd, index)
+        hot = _hot.Vp(
+            vp.fd,
+            index,
+            vp.run_map,
+            self.memory.hot,
+            synic,
+            self.partition.doorbells,
+            reference,
+            self.board.pio,
+            self.board.mmio,
+            self.partition,
+        )
+        self.partition.add_vp(hot)
+        self.processors.append(Processor(vp, hot, self._on_vp_exit, self._on_vp_error))
+
+    def _load(self) -> EntryState:
+        config = self.config
+        if config.firmware is not None:
+            from pyvmm.boot.firmware import load_firmware
+
+            return load_firmware(self.memory, config.firmware)
+        import uuid
+
+        from pyvmm.boot.acpi.tables import build_acpi
+        from pyvmm.boot.linux import load_linux
+        from pyvmm.boot.smbios import build_smbios
+
+        assert config.kernel is not None
+        entry = load_linux(self.memory, config.kernel, config.initrd, config.cmdline)
+        identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{config.name}.pyvmm").bytes_le
+        for gpa, table in (
+            *build_acpi(self.memory.top, config.cpus, vmbus=self._vmbus),
+            *build_smbios(self.memory.ram_ranges(), config.cpus, identity),
+        ):
+            self.memory.write(gpa, table)
+        return entry
+
+    def _show_memory(self) -> None:
+        for region in self.memory.regions:
+            self._vm.add_memory(region)
+
+    # What happens on VP threads -----------------------------------------------------------------------------------
+
+    def _post(self, event: Outcome) -> None:
+        """Tell the owner of the life cycle, and keep the guest from going on meanwhile."""
+        with self._condition:
+            self._events.append(event)
+            self._condition.notify_all()
+        for processor in self.processors:
+            processor.halt()
+
+    def _on_guest_reset(self) -> None:
+        self._post(Outcome("reset", EXIT_RESET))
+
+    def _on_guest_crash(self, parameters: list[int], message: str) -> None:
+        text = "the guest reports a crash: " + " ".join(f"P{i}={value:#x}" for i, value in enumerate(parameters))
+        self._post(Outcome("crash", EXIT_CRASH, f"{text}\n{message}".rstrip()))
+
+    def _on_vp_exit(self, processor: Processor, reason: int) -> None:
+        from pyvmm.machine.diagnosis import diagnose
+
+        if reason == abi.EXIT_SYSTEM_EVENT and processor.vp.run.system_event.type == abi.SYSTEM_EVENT_RESET:
+            self._on_guest_reset()
+            return
+        self._post(Outcome("crash", EXIT_CRASH, diagnose(processor.vp, reason, self.memory)))
+
+    def _on_vp_error(self, processor: Processor, error: BaseException) -> None:
+        self._post(self._crash_of(f"VP {processor.vp.index}", error))
+
+    def _on_worker_error(self, error: BaseException) -> None:
+        self._post(self._crash_of("a device", error))
+
+    def _crash_of(self, where: str, error: BaseException) -> Outcome:
+        if isinstance(error, GuestViolation):
+            return Outcome("crash", EXIT_CRASH, f"{where}: {error}")
+        message = f"{where}: {type(error).__name__}: {error}"
+        if os.environ.get("PYVMM_DEBUG"):
+            import traceback
+
+            message += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        return Outcome("crash", EXIT_CRASH, message)
+
+    def _first_message(self, connection_id: int, kind: int, payload: bytes) -> bool:
+        """A guest's first word to VMBus: only now are the bus and its devices made."""
+        self.synthetic()
+        return self.partition.forward(connection_id, kind, payload)
+
+    def synthetic(self) -> SyntheticDevices:
+        """The VMBus and its devices, made at first use: a guest that never asks for them starts faster."""
+        with self._synthetic_lock:
+            if self._synthetic is None:
+                from pyvmm.machine.synthetic import SyntheticDevices
+
+                for connection_id in _VMBUS_CONNECTIONS:
+                    self.partition.disconnect_message_port(connection_id)
+                self._synthetic = SyntheticDevices(
+                    self.partition,
+                    self.memory,
+                    self._disks,
+                    self._tracer,
+                    self._log,
+                    self._clock,
+                    self._on_worker_error,
+                )
+            return self._synthetic
+
+    # Life cycle -----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """running, paused or stopped."""
+        return self._state
+
+    def run(self) -> Outcome:
+        """Start the guest and return once the VM has ended."""
+        entry_registers(self.processors[0].vp, self._entry)
+        self._worker.start()
+        self.board.reset()
+        for processor in self.processors:
+            processor.start()
+        self._console.start(self.board.uart.receive)
+        self._state = "running"
+        for processor in self.processors:
+            processor.release()
+        deadline = None
+        if self.config.timeout is not None:
+            deadline = self._clock.now_ns() + int(self.config.timeout * 1e9)
+        while True:
+            event = self._next_event(deadline)
+            if event.kind == "reset" and (self.config.reboot or event.exit_code != EXIT_RESET):
+                try:
+                    self._reset()
+                except (BootError, KvmError) as error:
+                    event = Outcome("crash", EXIT_CRASH, f"cannot start again: {error}")
+                else:
+                    continue
+            self._stop()
+            return event
+
+    def _next_event(self, deadline: int | None) -> Outcome:
+        with self._condition:
+            while not self._events:
+                if deadline is None:
+                    self._condition.wait()
+                else:
+                    left = deadline - self._clock.now_ns()
+                    if left <= 0:
+                        return Outcome("timeout", EXIT_TIMEOUT, f"stopped after {self.config.timeout:g} s")
+                    self._condition.wait(left / 1e9)
+            return self._events.pop(0)
+
+    def _halt(self) -> None:
+        for processor in self.processors:
+            processor.halt()
+        for processor in self.processors:
+            processor.wait_parked()
+
+    def _release(self) -> None:
+        for processor in self.processors:
+            processor.release()
+
+    def _reset(self) -> None:
+        with self._lifecycle:
+            self._halt()
+            with self._condition:
+                self._events = [event for event in self._events if event.kind != "reset"]
+            if self._state == "running":
+                self._pause_devices()
+            self.board.reset()
+            if self._synthetic is not None:
+                self._synthetic.reset()
+            self.partition.reset()
+            self._vm.set_state(self._power_on_vm)
+            for processor, state in zip(self.processors, self._power_on, strict=True):
+                processor.vp.set_state(state)
+            self._entry = self._load()
+            entry_registers(self.processors[0].vp, self._entry)
+            self._resume_devices()
+            self._state = "running"
+            self._release()
+
+    def _pause_devices(self) -> None:
+        self.board.pause()
+        if self._synthetic is not None:
+            self._synthetic.pause()
+
+    def _resume_devices(self) -> None:
+        self.board.resume()
+        if self._synthetic is not None:
+            self._synthetic.resume()
+
+    def _stop(self) -> None:
+        with self._lifecycle:
+            self._halt()
+            self.board.uart.flush()
+            self._state = "stopped"
+
+    def close(self) -> None:
+        """End all threads and give everything back; the disks are flushed. Harmless the second time."""
+        for processor in getattr(self, "processors", ()):
+            processor.end()
+        if self._synthetic is not None:
+            self._synthetic.close()
+            self._synthetic = None
+        if getattr(self, "_worker", None) is not None:
+            self._worker.stop()
+        for _, disk in self._disks:
+            disk.close()
+        self._disks = []
+        for processor in getattr(self, "processors", ()):
+            processor.vp.close()
+        if getattr(self, "_vm", None) is not None:
+            self._vm.close()
+
+    # Control: any thread ------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop the guest where it is; raises MachineError if it does not run."""
+        with self._lifecycle:
+            if self._state != "running":
+                raise MachineError(f"the VM is {self._state}, not running", EXIT_USAGE)
+            self._halt()
+            self._pause_devices()
+            self._state = "paused"
+
+    def resume(self) -> None:
+        """Go on after `pause`; raises MachineError if the VM is not paused."""
+        with self._lifecycle:
+            if self._state != "paused":
+                raise MachineError(f"the VM is {self._state}, not paused", EXIT_USAGE)
+            self._resume_devices()
+            self._state = "running"
+            self._release()
+
+    def reset(self) -> None:
+        """Reset the VM as its reset button would, also under --no-reboot."""
+        self._post(Outcome("reset", EXIT_POWEROFF))
+
+    def poweroff(self) -> None:
+        """Cut the power."""
+        self._post(Outcome("poweroff", EXIT_POWEROFF))
+
+    def stop(self, exit_code: int, message: str = "") -> None:
+        """End the VM from outside with an exit code."""
+        self._post(Outcome("stopped", exit_code, message))
+
+    def shutdown(self, timeout: float, restart: bool = False) -> dict[str, Any]:
+        """Ask the guest, through its shutdown integration service, to shut down or restart."""
+        if self._state != "running":
+            raise MachineError(f"the VM is {self._state}, not running", EXIT_USAGE)
+        if not self._vmbus:
+            return {"obeyed": False, "message": "the VM has no VMBus, so no integration services"}
+        return self.synthetic().shutdown(timeout, restart)
+
+    def add_disk(self, path: str, readonly: bool = False, controller: int = 0) -> dict[str, Any]:
+        """Plug a raw image in; return its controller and LUN."""
+        from pyvmm.machine.config import DiskConfig
+
+        if not self._vmbus:
+            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
+        config = DiskConfig(path, readonly, controller)
+        disk = self._open_disk(config)
+        try:
+            return self.synthetic().add_disk(config, disk)
+        except ValueError as error:
+            disk.close()
+            raise MachineError(str(error), EXIT_USAGE) from error
+
+    def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
+        """Unplug a disk; return its path."""
+        if not self._vmbus:
+            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
+        try:
+            return self.synthetic().remove_disk(controller, lun)
+        except ValueError as error:
+            raise MachineError(str(error), EXIT_USAGE) from error
+
+    def inspect(self) -> dict[str, Any]:
+        """The whole VM as a JSON tree."""
+        vps = [processor.hot.counts() for processor in self.processors]
+        exits: dict[str, int] = {}
+        for counts in vps:
+            for reason, count in counts["exits"].items():
+                name = abi.EXIT_NAMES.get(reason, str(reason))
+                exits[name] = exits.get(name, 0) + count
+        return {
+            "name": self.config.name,
+            "state": self._state,
+            "cpus": self.config.cpus,
+            "memory": self.config.memory,
+            "exits": exits,
+            "msrs": {key: _sum_hex(counts[key] for counts in vps) for key in ("msr_reads", "msr_writes")},
+            "hypercalls": {
+                **_sum_hex(counts["hypercalls"] for counts in vps),
+                "unknown": sum(counts["hypercalls_unknown"] for counts in vps),
+            },
+            "vps": [
+                {"exits": {abi.EXIT_NAMES.get(reason, str(reason)): n for reason, n in counts["exits"].items()}}
+                for counts in vps
+            ],
+            "partition": self.partition.inspect(),
+            "board": self.board.inspect(),
+            "console": self._console.inspect(),
+            "synthetic": self._synthetic.inspect() if self._synthetic is not None else None,
+        }
+
+
+def _sum_hex(dicts: Any) -> dict[str, int]:
+    total: dict[int, int] = {}
+    for counts in dicts:
+        for key, count in counts.items():
+            total[key] = total.get(key, 0) + count
+    return {f"{key:#x}": total[key] for key in sorted(total)}

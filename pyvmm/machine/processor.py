@@ -1,0 +1,166 @@
+"""A VP of the machine: its thread, its CPUID and its registers at the start."""
+
+from __future__ import annotations
+
+import threading
+
+from pyvmm.boot.entry import CODE_SELECTOR, DATA_SELECTOR
+from pyvmm.core.kvm import abi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.boot.entry import EntryState
+    from pyvmm.core import _hot
+    from pyvmm.core.kvm.vp import Vp
+
+_CR0_PE, _CR0_NE, _CR0_PG = 1 << 0, 1 << 5, 1 << 31
+_CR0_ET, _CR0_MP = 1 << 4, 1 << 1
+_CR4_PAE = 1 << 5
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+_RFLAGS_RESERVED = 2
+
+
+class Processor:
+    """One VP and the thread that runs it.
+
+    `on_exit` gets the processor and the KVM exit reason of an exit that ends the guest, `on_error` what a device
+    or handler raised; both on the VP's thread, which parks itself afterwards.
+    """
+
+    def __init__(
+        self,
+        vp: Vp,
+        hot: _hot.Vp,
+        on_exit: Callable[[Processor, int], None],
+        on_error: Callable[[Processor, BaseException], None],
+    ) -> None:
+        self.vp = vp
+        self.hot = hot
+        self._on_exit = on_exit
+        self._on_error = on_error
+        self._go = threading.Event()
+        self._parked = threading.Event()
+        self._parked.set()
+        self._ending = False
+        self._thread = threading.Thread(target=self._main, name=f"vp{vp.index}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, parked."""
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let the guest run."""
+        self._parked.clear()
+        self._go.set()
+
+    def halt(self) -> None:
+        """Make the guest stop soon; any thread, also the VP's own."""
+        self._go.clear()
+        self.hot.stop()
+
+    def wait_parked(self) -> None:
+        """Return once the thread is out of the guest and of every device. Never on the VP's own thread."""
+        self._parked.wait()
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ending = True
+        self.halt()
+        self._go.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _main(self) -> None:
+        while True:
+            if not self._go.is_set():
+                self._parked.set()
+                self._go.wait()
+            if self._ending:
+                break
+            try:
+                reason = self.hot.run()
+            except BaseException as error:
+                self._go.clear()
+                self._on_error(self, error)
+                continue
+            if reason != abi.EXIT_INTR:
+                self._go.clear()
+                self._on_exit(self, reason)
+
+
+def entry_registers(vp: Vp, entry: EntryState) -> None:
+    """Set the registers of the boot VP, which is in its power-on state, as `entry` asks."""
+    if entry.mode == "reset":
+        return
+    sregs = vp.get_sregs()
+    code = abi.Segment(
+        base=0, limit=0xFFFF_FFFF, selector=CODE_SELECTOR, type=11, present=1, dpl=0, db=0, s=1, l=1, g=1
+    )
+    data = abi.Segment(base=0, limit=0xFFFF_FFFF, selector=DATA_SELECTOR, type=3, present=1, dpl=0, db=1, s=1, l=0, g=1)
+    sregs.cs = code
+    sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = data
+    sregs.gdt.base, sregs.gdt.limit = entry.gdt_base, entry.gdt_limit
+    sregs.idt.base, sregs.idt.limit = 0, 0
+    sregs.cr0 = _CR0_PG | _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
+    sregs.cr3 = entry.cr3
+    sregs.cr4 = _CR4_PAE
+    sregs.efer = _EFER_LME | _EFER_LMA
+    vp.set_sregs(sregs)
+    vp.set_regs(abi.Regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=_RFLAGS_RESERVED))
+
+
+def guest_cpuid(
+    supported: list[abi.CpuidEntry], hypervisor: dict[int, tuple[int, int, int, int]], vp: int, vp_count: int
+) -> list[abi.CpuidEntry]:
+    """The CPUID leaves of one VP: the host's without KVM's own, with the VP's place in the topology and Hyper-V's leaves.
+
+    All VPs are cores of one package with one thread each; the APIC id is the VP's index.
+    Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
+    """
+    core_bits = (vp_count - 1).bit_length()
+    leaves: list[abi.CpuidEntry] = []
+    for source in supported:
+        if 0x4000_0000 <= source.function <= 0x4FFF_FFFF:
+            continue  # Linux would prefer a KVM signature to Hyper-V's
+        entry = abi.CpuidEntry.from_buffer_copy(source)
+        if entry.function == 0x1:
+            entry.ebx = entry.ebx & 0xFFFF | vp_count << 16 | vp << 24
+            entry.ecx = entry.ecx | 1 << 31 if hypervisor else entry.ecx & ~(1 << 31)
+            entry.edx = entry.edx | 1 << 28 if vp_count > 1 else entry.edx & ~(1 << 28)
+        elif entry.function == 0x4 and entry.eax & 0x1F:
+            shared = (vp_count - 1 if entry.eax >> 5 & 7 == 3 else 0) << 14  # only the last level is shared
+            entry.eax = entry.eax & 0x3FFF | shared | (vp_count - 1) << 26
+        elif entry.function in (0xB, 0x1F):
+            continue  # made below
+        elif entry.function == 0x8000_0008:
+            entry.ecx = core_bits << 12 | vp_count - 1
+        elif entry.function == 0x8000_001D and entry.eax & 0x1F:
+            shared = (vp_count - 1 if entry.eax >> 5 & 7 == 3 else 0) << 14
+            entry.eax = entry.eax & 0x3FFF | shared
+        elif entry.function == 0x8000_001E:
+            entry.eax, entry.ebx, entry.ecx = vp, vp, 0
+        leaves.append(entry)
+    if any(entry.function == 0 and entry.eax >= 0xB for entry in leaves):
+        for index, (shift, count, kind) in enumerate(((0, 1, 1), (core_bits, vp_count, 2), (0, 0, 0))):
+            leaves.append(
+                abi.CpuidEntry(
+                    function=0xB,
+                    index=index,
+                    flags=abi.CPUID_FLAG_SIGNIFICANT_INDEX,
+                    eax=shift,
+                    ebx=count,
+                    ecx=kind << 8 | index,
+                    edx=vp,
+                )
+            )
+    for number, (eax, ebx, ecx, edx) in hypervisor.items():
+        leaves.append(abi.CpuidEntry(function=number, eax=eax, ebx=ebx, ecx=ecx, edx=edx))
+    return leaves
+
+
+def power_on_states(vps: list[Processor], msr_indices: list[int]) -> list[dict[str, Any]]:
+    """The VPs' states right after they were made, to come back to at a reset."""
+    return [processor.vp.get_state(msr_indices) for processor in vps]
