@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import lzma
 import os
 import re
 import shutil
 import stat
 import struct
 import subprocess
-import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import lz4.block
-import zstandard
-
 from guests.packages import RecipeError, cache_dir
+from pyvmm.boot import payload
 
 BUSYBOX = Path("/bin/busybox")
+_MAX_KERNEL_BYTES = 256 << 20
 
 
 class Archive:
@@ -128,7 +125,7 @@ def unpacked_kernel(image: Path) -> Path:
     """
     target = image.with_name(image.name.replace("vmlinuz", "vmlinux"))
     if not target.exists():
-        write_atomically(target, _payload(image.read_bytes()))
+        write_atomically(target, _payload(image))
     return target
 
 
@@ -150,30 +147,12 @@ def write_atomically(target: Path, data: bytes) -> None:
     scratch.rename(target)
 
 
-def _payload(image: bytes) -> bytes:
+def _payload(image: Path) -> bytes:
     # Linux: Documentation/arch/x86/boot.rst, setup_sects, payload_offset and payload_length.
-    offset, length = struct.unpack_from("<II", image, 0x248)
-    start = (image[0x1F1] + 1) * 512 + offset
-    packed = image[start : start + length]
-    if packed.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMADecompressor().decompress(packed)
-    if packed.startswith(b"\x28\xb5\x2f\xfd"):
-        return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
-    if packed.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(wbits=31).decompress(packed)
-    if packed.startswith(b"\x02\x21\x4c\x18"):
-        return b"".join(_lz4_legacy_blocks(packed))
-    raise RecipeError(f"kernel payload starts with {packed[:4].hex()}: not gzip, xz, lz4 or zstd")
-
-
-def _lz4_legacy_blocks(packed: bytes) -> Iterator[bytes]:
-    # The kernel's build appends the unpacked size as four bytes.
-    position, end = 4, len(packed) - 4
-    while position < end:
-        (length,) = struct.unpack_from("<I", packed, position)
-        position += 4
-        yield lz4.block.decompress(packed[position : position + length], uncompressed_size=8 << 20)
-        position += length
+    data = image.read_bytes()
+    offset, length = struct.unpack_from("<II", data, 0x248)
+    start = (data[0x1F1] + 1) * 512 + offset
+    return payload.unpack(str(image), data[start : start + length], _MAX_KERNEL_BYTES)
 
 
 def _module_name(path: str) -> str:
