@@ -1,0 +1,1 @@
+"""Integration components: services between host and guest, each on a VMBus message pipe of its own."""
