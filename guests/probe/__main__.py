@@ -1,0 +1,102 @@
+"""``python -m guests.probe``: build the probe and print its path, or run it and show what it found."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from guests.probe.build import BuildError, build
+from guests.probe.report import Report, expectation, parse
+
+_DISK_BYTES = 1 << 20
+_DISK_START = b"pyvmm probe disk"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run of the probe ended. `stderr` is pyvmm's."""
+
+    report: Report
+    status: int
+    stderr: str
+    seconds: float
+
+
+def run(elf: Path, *, cpus: int = 1, cmdline: str = "", enlightenments: str = "full", timeout: float = 30.0) -> Run:
+    """Run the probe under pyvmm with a disk of its own. `timeout` is in seconds of guest time."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-probe-") as work:
+        disk, console = Path(work) / "disk.img", Path(work) / "com1.txt"
+        disk.write_bytes(_DISK_START.ljust(_DISK_BYTES, b"\0"))
+        command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus)]
+        command += ["--memory", "64M", "--disk", str(disk), "--com1", f"file:{console}", "--no-reboot"]
+        command += ["--cmdline", cmdline, "--enlightenments", enlightenments, "--timeout", str(timeout)]
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        seconds = time.monotonic() - started
+        text = console.read_text(errors="replace") if console.exists() else ""
+    return Run(parse(text), done.returncode, done.stderr, seconds)
+
+
+def _show(result: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("topic", "finding", "value", "", "expected"):
+        table.add_column(heading, overflow="fold")
+    topic = ""
+    for finding in result.report.findings:
+        verdict = Text("ok", style="green") if finding.ok else Text("BAD", style="bold red")
+        expected = expectation(finding.full_name) or ""
+        if not finding.ok and finding.expected:
+            expected = f"{finding.expected}: {expected}" if expected else finding.expected
+        shown = "" if finding.topic == topic else finding.topic
+        table.add_row(shown, finding.name, Text(finding.value), verdict, Text(expected))
+        topic = finding.topic
+    console = Console()
+    console.print(table)
+    good = len(result.report.findings) - len(result.report.failed)
+    console.print(f"{good} of {len(result.report.findings)} findings as expected in {result.seconds:.1f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m guests.probe",
+        description="Build the probe and print the path of its ELF file, or run it and show its findings.",
+        epilog="Exit status with --run: 0 if all findings are as expected, 1 otherwise.",
+    )
+    parser.add_argument("--run", action="store_true", help="run it under pyvmm with a disk of its own")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="VPs (default: %(default)s)")
+    parser.add_argument("--cmdline", default="", metavar="TEXT", help="such as probe=cpuid,msr; see docs/probe.md")
+    parser.add_argument("--enlightenments", default="full", metavar="SPEC", help="as for pyvmm run")
+    options = parser.parse_args()
+    try:
+        elf = build()
+    except BuildError as error:
+        print(f"probe: {error}", file=sys.stderr)
+        return 1
+    if not options.run:
+        print(elf)
+        return 0
+    result = run(elf, cpus=options.cpus, cmdline=options.cmdline, enlightenments=options.enlightenments)
+    if result.report.findings:
+        _show(result)
+    if result.stderr:
+        print(result.stderr.rstrip(), file=sys.stderr)
+    problem = result.report.problem
+    if problem is None and result.status:
+        problem = f"pyvmm ended with status {result.status}"
+    if problem is not None:
+        print(f"probe: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

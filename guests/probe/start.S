@@ -1,0 +1,225 @@
+/* Entry, exception stubs, MSR access that survives #GP, hypercalls in both ABIs, and the way of an AP from SIPI to C.
+ *
+ * Entered as Linux's 64-bit boot protocol says: long mode, identity map, interrupts off, RSI = boot_params.
+ */
+#define PAGE_SIZE 4096
+#define MAX_VPS 64
+#define STACK_SIZE 16384
+#define CODE32 0x08
+#define CODE64 0x10
+#define DATA 0x18
+
+    .section .text.entry, "ax"
+    .code64
+    .globl probe_entry
+probe_entry:
+    cli
+    cld
+    mov $vp_stacks + STACK_SIZE, %rsp
+    mov %rsi, %rbx
+    call load_segments
+    mov %rbx, %rdi
+    call probe_main
+1:  hlt
+    jmp 1b
+
+load_segments:
+    lgdt gdt_pointer
+    mov $DATA, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    xor %eax, %eax
+    mov %eax, %fs
+    mov %eax, %gs
+    pop %rax
+    push $CODE64
+    push %rax
+    lretq
+
+/* int rdmsr_safe(u32 msr, u64 *value); int wrmsr_safe(u32 msr, u64 value): trap.c resumes a #GP at msr_fault. */
+    .text
+    .globl rdmsr_safe, wrmsr_safe, rdmsr_instruction, wrmsr_instruction, msr_fault
+rdmsr_safe:
+    mov %edi, %ecx
+rdmsr_instruction:
+    rdmsr
+    shl $32, %rdx
+    or %rdx, %rax
+    mov %rax, (%rsi)
+    xor %eax, %eax
+    ret
+wrmsr_safe:
+    mov %edi, %ecx
+    mov %esi, %eax
+    mov %rsi, %rdx
+    shr $32, %rdx
+wrmsr_instruction:
+    wrmsr
+    xor %eax, %eax
+    ret
+msr_fault:
+    mov $1, %eax
+    ret
+
+/* u64 hypercall_64(u64 control, u64 input, u64 output): RCX, RDX, R8; result in RAX. */
+    .globl hypercall_64
+hypercall_64:
+    mov %rdi, %rcx
+    mov %rdx, %r8
+    mov %rsi, %rdx
+    mov $hypercall_page, %eax
+    jmp *%rax
+
+/* u64 hypercall_32(u64 control, u64 input, u64 output): EDX:EAX, EBX:ECX, EDI:ESI; result in EDX:EAX. */
+    .globl hypercall_32
+hypercall_32:
+    push %rbx
+    push %rbp
+    mov %rdi, %r8
+    mov %rdx, %r9
+    mov %rsi, %rbx
+    mov %esi, %ecx
+    shr $32, %rbx
+    mov %r9d, %esi
+    mov %r9, %rdi
+    shr $32, %rdi
+    mov %r8d, %eax
+    mov %r8, %rdx
+    shr $32, %rdx
+    push $CODE32
+    push $compatibility_mode
+    lretq
+    .code32
+compatibility_mode:
+    mov $hypercall_page, %ebp
+    call *%ebp
+    ljmp $CODE64, $long_mode_again
+    .code64
+long_mode_again:
+    mov %eax, %eax
+    shl $32, %rdx
+    or %rdx, %rax
+    pop %rbp
+    pop %rbx
+    ret
+
+/* One 16-byte stub for each vector: error code (or 0), vector, then the common part. */
+    .globl vector_stubs
+    .balign 16
+vector_stubs:
+    .set vector, 0
+    .rept 256
+    .balign 16
+    .if vector != 8 && vector != 10 && vector != 11 && vector != 12 && vector != 13 && vector != 14 && vector != 17
+    push $0
+    .endif
+    push $vector
+    jmp vector_common
+    .set vector, vector + 1
+    .endr
+
+vector_common:
+    push %rax
+    push %rcx
+    push %rdx
+    push %rsi
+    push %rdi
+    push %r8
+    push %r9
+    push %r10
+    push %r11
+    cld
+    mov %rsp, %rdi
+    call on_trap
+    pop %r11
+    pop %r10
+    pop %r9
+    pop %r8
+    pop %rdi
+    pop %rsi
+    pop %rdx
+    pop %rcx
+    pop %rax
+    add $16, %rsp
+    iretq
+
+/* An AP starts here in real mode at a page below 1 MiB that smp.c copied this to; CS:0 is the page. */
+    .globl trampoline_start, trampoline_end
+    .code16
+trampoline_start:
+    cli
+    mov %cs, %ax
+    mov %ax, %ds
+    lgdtl (trampoline_gdt_pointer - trampoline_start)
+    mov %cr0, %eax
+    or $1, %eax
+    mov %eax, %cr0
+    ljmpl $CODE32, $ap_protected_mode
+trampoline_gdt_pointer:
+    .word gdt_end - gdt - 1
+    .long gdt
+trampoline_end:
+
+    .code32
+ap_protected_mode:
+    mov $DATA, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    mov ap_cr4, %eax
+    mov %eax, %cr4
+    mov ap_cr3, %eax
+    mov %eax, %cr3
+    mov $0xc0000080, %ecx
+    mov ap_efer, %eax
+    xor %edx, %edx
+    wrmsr
+    mov ap_cr0, %eax
+    mov %eax, %cr0
+    ljmp $CODE64, $ap_long_mode
+    .code64
+ap_long_mode:
+    mov $1, %edi
+    lock xadd %edi, ap_count
+    inc %edi
+    mov %edi, %eax
+    cmp $MAX_VPS, %eax
+    jae 1f
+    inc %eax
+    imul $STACK_SIZE, %eax, %eax
+    lea vp_stacks(%eax), %rsp
+    call ap_main
+1:  cli
+    hlt
+    jmp 1b
+
+    .data
+    .balign 16
+gdt:
+    .quad 0
+    .quad 0x00cf9b000000ffff
+    .quad 0x00af9b000000ffff
+    .quad 0x00cf93000000ffff
+gdt_end:
+gdt_pointer:
+    .word gdt_end - gdt - 1
+    .quad gdt
+
+    .globl ap_count, ap_cr0, ap_cr3, ap_cr4, ap_efer
+    .balign 8
+ap_count: .quad 0
+ap_cr0: .quad 0
+ap_cr3: .quad 0
+ap_cr4: .quad 0
+ap_efer: .quad 0
+
+    .bss
+    .globl vp_stacks, hypercall_page
+    .balign STACK_SIZE
+vp_stacks:
+    .skip MAX_VPS * STACK_SIZE
+hypercall_page:
+    .skip PAGE_SIZE
+
+    .section .note.GNU-stack, "", @progbits
