@@ -82,7 +82,7 @@ class Uart(Device, BytePorts):
         self._fifo = bytearray()
         self._thre_pending = False
         self._line = False
-        self._plain_transmit = True  # a byte to register 0 does nothing but go out
+        self._plain_transmit = True  # register 0 is the transmitter and leads outside
 
     # What the guest does. The two overrides are the paths of a polled console: one call for a byte or a status.
 
@@ -96,8 +96,7 @@ class Uart(Device, BytePorts):
             super().write(offset, size, value)
             return
         with self._lock:
-            self._output.append(value & 0xFF)
-            gathered = len(self._output)
+            gathered = self._transmit(value & 0xFF)
         if gathered == 1 or gathered >= _FLUSH_BYTES:
             self._output_grew(gathered)
 
@@ -155,14 +154,16 @@ class Uart(Device, BytePorts):
                 self._write_mcr(value & 0x1F)
             elif offset == _SCR:
                 self._scratch = value
-            self._plain_transmit = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_THRE)
+            self._plain_transmit = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
             self._update_line()
         if gathered:
             self._output_grew(gathered)
 
     def _transmit(self, value: int) -> int:
         """Send a byte; return how many wait for the sink now, 0 if it was looped back."""
-        self._thre_pending = True
+        if not self._thre_pending:
+            self._thre_pending = True
+            self._update_line()
         if not self._mcr & MCR_LOOP:
             self._output.append(value)
             return len(self._output)
@@ -322,7 +323,7 @@ class Uart(Device, BytePorts):
             self._backlog = bytearray(backlog)
             self._thre_pending = thre_pending
             self._line = line
-            self._plain_transmit = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or self._ier & IER_THRE)
+            self._plain_transmit = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
 
     def inspect(self) -> dict[str, Any]:
         with self._lock:
