@@ -20,7 +20,7 @@ _MAX_KERNEL_BYTES = 256 << 20
 
 
 class Archive:
-    """An uncompressed newc cpio archive, the format the kernel unpacks (Linux: driver-api/early-userspace/buffer-format)."""
+    """An uncompressed newc cpio archive (Linux: Documentation/driver-api/early-userspace/buffer-format.rst)."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
@@ -91,8 +91,8 @@ def add_program(archive: Archive, name: str, program: str) -> None:
 def modules_in_order(modules: Path, wanted: Iterable[str]) -> list[Path]:
     """Return the module files that `wanted` need, each after those it depends on.
 
-    `modules` holds ``modules.dep``, ``modules.builtin``. Built-in names need no file. Raises RecipeError for a name that
-    this kernel doesn't have.
+    `modules` holds ``modules.dep`` and ``modules.builtin``. Built-in names need no file. Raises RecipeError for a name
+    that this kernel doesn't have.
     """
     by_name: dict[str, list[str]] = {}
     for line in (modules / "modules.dep").read_text().splitlines():
@@ -130,7 +130,7 @@ def unpacked_kernel(image: Path) -> Path:
 
 
 def stored(archive: Archive, name: str) -> Path:
-    """Return a file in the cache with the archive's bytes, named `name` and their hash; older ones are left to others."""
+    """Return a file in the cache with the archive's bytes, named after `name` and their hash."""
     data = archive.to_bytes()
     digest = hashlib.sha256(data).hexdigest()[:16]
     target = cache_dir() / "initramfs" / f"{name}-{digest}.cpio"

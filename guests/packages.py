@@ -82,7 +82,8 @@ def _newest_cached(flavour: str) -> Path | None:
     candidates = [
         path
         for path in (cache_dir() / "packages").glob(f"linux-image-*-{flavour}_*")
-        if re.fullmatch(rf"linux-image-[\d.]+-\d+-{flavour}_.+", path.name) and any(path.glob("lib/modules/*/modules.dep"))
+        if re.fullmatch(rf"linux-image-[\d.]+-\d+-{flavour}_.+", path.name)
+        and any(path.glob("lib/modules/*/modules.dep"))
     ]
     return max(candidates, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], default=None)
 

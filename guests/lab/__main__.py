@@ -22,7 +22,9 @@ def main() -> int:
     )
     parser.add_argument("--cpus", type=int, default=2, metavar="N", help="processors (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=4096, metavar="MIB", help="memory in MiB (default: %(default)s)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="folder shared with the lab, at the same path inside")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="folder shared with the lab, at the same path inside"
+    )
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds for all of it, the lab's boot included")
     parser.add_argument("--verbose", action="store_true", help="tell how long the lab and the command took")
     parser.add_argument("command", nargs="+", metavar="COMMAND")

@@ -16,7 +16,17 @@ from pathlib import Path
 from guests import initramfs, packages
 
 _HERE = Path(__file__).parent
-_BOOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "qemu_fw_cfg", "kvm-amd", "tun", "loop")
+_BOOT_MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "qemu_fw_cfg",
+    "kvm-amd",
+    "tun",
+    "loop",
+)
 """Loaded before the job starts; the job's own modprobe, and the kernel's, find all the others."""
 
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on"
@@ -62,8 +72,10 @@ def run(
     """Run `command` in a fresh lab, in the current folder, with its output handed over as it comes.
 
     `results` (made if need be) is the one place where the command can leave files: a folder found inside at the same
-    path, also named by ``PYVMM_LAB_RESULTS``. `environment` is the command's, by default this process's; ``PYVMM_LAB=1``
-    is added. `timeout` counts in seconds from QEMU's start. Raises LabError, LabTimeout, packages.RecipeError.
+    path, also named by ``PYVMM_LAB_RESULTS``. `environment` is the command's, by default this process's;
+    ``PYVMM_LAB=1`` is added. `timeout` counts in seconds from QEMU's start.
+
+    Raises LabError, LabTimeout, packages.RecipeError.
     """
     qemu = shutil.which("qemu-system-x86_64")
     if qemu is None:
@@ -111,7 +123,12 @@ class _Machine:
             writers.append(writer)
         ports = ["-device", "virtio-serial-pci"]
         for number, fd in enumerate(writers, 1):
-            ports += ["-add-fd", f"fd={fd},set={number}", "-chardev", f"file,id=port{number},path=/dev/fdset/{number},append=on"]
+            ports += [
+                "-add-fd",
+                f"fd={fd},set={number}",
+                "-chardev",
+                f"file,id=port{number},path=/dev/fdset/{number},append=on",
+            ]
             ports += ["-device", f"virtserialport,chardev=port{number},nr={number}"]
         self._started = time.monotonic()
         try:

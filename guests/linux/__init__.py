@@ -1,7 +1,7 @@
 """A stock Linux guest: Debian's own kernel, its own Hyper-V drivers, and an initramfs that runs one script.
 
-The script runs as root under busybox's shell with its output on the console; when it ends the guest powers off. It reports
-with ``result KEY VALUE``, which prints a line that `results` finds in the console's output.
+The script runs as root under busybox's shell with its output on the console; when it ends the guest powers off. It
+reports with ``result KEY VALUE``, which prints a line that `results` finds in the console's output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLAVOURS = {
     "generic": ("amd64", (*_HYPERV_MODULES, "hyperv_drm", "crc32c_generic", "ext4")),
 }
 _HERE = Path(__file__).parent
-# What the kernel itself calls for an orderly shutdown (kernel.poweroff_cmd), so also for the shutdown integration service.
+# The kernel calls it for an orderly shutdown (kernel.poweroff_cmd), so the shutdown integration service ends here too.
 _POWER_OFF = b"#!/bin/sh\nexec busybox poweroff -f\n"
 _REBOOT = b"#!/bin/sh\nexec busybox reboot -f\n"
 _RESULT = b'#!/bin/sh\nkey=$1\nshift\necho "RESULT $key=$*"\n'
