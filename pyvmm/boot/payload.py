@@ -23,11 +23,10 @@ class _Corrupt(Exception):
 
 def unpack(name: str, payload: bytes, limit: int) -> bytes:
     """Return the unpacked payload; raise BootError naming `name` if it is corrupt or unpacks to more than `limit`."""
-    for magic, compression, decompress in _FORMATS:
-        if payload.startswith(magic):
-            break
-    else:
+    compression = compression_of(payload)
+    if compression is None:
         raise BootError(f"{name}: unknown kernel compression (payload begins with {payload[:6].hex(' ')})")
+    decompress = _DECOMPRESSORS.get(compression)
     if decompress is None:
         raise BootError(f"{name}: kernel compressed with {compression}, only gzip, xz, lz4 and zstd are supported")
     size = int.from_bytes(payload[-4:], "little")
@@ -44,10 +43,7 @@ def unpack(name: str, payload: bytes, limit: int) -> bytes:
 
 def compression_of(data: bytes) -> str | None:
     """Return the name of the format that `data` begins with, or None."""
-    for magic, compression, _ in _FORMATS:
-        if data.startswith(magic):
-            return compression
-    return None
+    return next((compression for magic, compression in _MAGICS if data.startswith(magic)), None)
 
 
 # Each returns up to one byte more than `size`, so that an overlong payload is noticed but not unpacked.
@@ -120,12 +116,13 @@ def _lz4(payload: bytes, size: int) -> bytes:
     return b"".join(chunks)
 
 
-_FORMATS = (
-    (b"\x1f\x8b", "gzip", _gzip),
-    (b"\xfd7zXZ\0", "xz", _xz),
-    (struct.pack("<I", _LZ4_MAGIC), "lz4", _lz4),
-    (b"\x28\xb5\x2f\xfd", "zstd", _zstd),
-    (b"BZh", "bzip2", None),
-    (b"\x5d\0\0", "lzma", None),
-    (b"\x89LZO", "lzo", None),
+_MAGICS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\xfd7zXZ\0", "xz"),
+    (struct.pack("<I", _LZ4_MAGIC), "lz4"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"\x5d\0\0", "lzma"),
+    (b"\x89LZO", "lzo"),
 )
+_DECOMPRESSORS = {"gzip": _gzip, "xz": _xz, "lz4": _lz4, "zstd": _zstd}

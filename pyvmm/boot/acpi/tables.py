@@ -22,7 +22,7 @@ _FACS_ALIGNMENT = 64
 _FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 15
 # IAPC_BOOT_ARCH (table 5.11).
 _BOOT_LEGACY_DEVICES, _BOOT_8042, _BOOT_NO_VGA = 1 << 0, 1 << 1, 1 << 2
-_RTC_CENTURY = 0x32
+RTC_CENTURY = 0x32
 
 _POLARITY_HIGH, _TRIGGER_LEVEL = 1 << 0, 3 << 2
 
@@ -99,7 +99,7 @@ def _fadt(facs: int, dsdt_gpa: int, i8042: bool) -> bytes:
     body += struct.pack("<IIII", 0, layout.PM_TIMER_PORT, 0, 0)
     body += struct.pack("<8B", layout.PM1A_EVENT_SIZE, layout.PM1A_CONTROL_SIZE, 0, layout.PM_TIMER_SIZE, 0, 0, 0, 0)
     # Latencies above 100 and 1000 us say that there are no C2 and C3.
-    body += struct.pack("<HHHHBBBBBHBI", 101, 1001, 0, 0, 0, 0, 0, 0, _RTC_CENTURY, boot_flags, 0, _FADT_FLAGS)
+    body += struct.pack("<HHHHBBBBBHBI", 101, 1001, 0, 0, 0, 0, 0, 0, RTC_CENTURY, boot_flags, 0, _FADT_FLAGS)
     body += _port(layout.RESET_PORT, 1) + struct.pack("<BHB", layout.RESET_VALUE, 0, 0)
     # X_FIRMWARE_CTRL is 0 where FIRMWARE_CTRL is used.
     body += struct.pack("<QQ", 0, dsdt_gpa)
