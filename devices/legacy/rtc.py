@@ -82,6 +82,7 @@ class Rtc(Device):
         self._lock = threading.Lock()
         self._paused = False
         self._offset_ns = 0
+        self._armed: int | None = None  # when the timer goes off; a timer that finds another value does nothing
         self._cmos = bytearray(128)
         self._set_sizes(memory_below_4g, memory_above_4g, cpus)
         self._power_on()
@@ -105,7 +106,6 @@ class Rtc(Device):
         self._cmos[REGISTER_D] = D_VALID
         self._line = False
         self._seen_ns = self._now_ns()
-        self._armed = 0  # when the timer goes off; 0 for never. A timer that finds another value is an old one.
 
     def ports(self) -> list[PortRange]:
         """The I/O ports to register."""
@@ -280,24 +280,25 @@ class Rtc(Device):
             self._irq.set(level)
 
     def _arm(self, now: int) -> None:
-        """Set the timer to the next enabled interrupt, unless one waits to be acknowledged."""
+        """Have the timer go off by the next enabled interrupt, unless one waits to be acknowledged.
+
+        A timer that goes off too early is harmless, so one that runs is only replaced by an earlier one, and none runs
+        for more than a second: whatever the guest writes, timers do not pile up.
+        """
         enabled = self._cmos[REGISTER_B] & _ANY
-        self._armed = 0
         if self._call_at is None or self._paused or not enabled or self._cmos[REGISTER_C] & C_INTERRUPT:
             return
         times = []
         period = self._period_ns()
         if enabled & PERIODIC and period:
             times.append(now - now % period + period)
-        if not self._cmos[REGISTER_B] & B_SET:
-            if enabled & UPDATE_ENDED:
-                times.append(now - now % _SECOND + _SECOND)
-            if enabled & ALARM:
-                alarm = self._next_alarm(now // _SECOND)
-                if alarm is not None:
-                    times.append(alarm * _SECOND)
-        if times:
-            deadline = self._clock.now_ns() + min(times) - now
+        alarmed = enabled & ALARM and self._next_alarm(now // _SECOND) is not None
+        if not self._cmos[REGISTER_B] & B_SET and (enabled & UPDATE_ENDED or alarmed):
+            times.append(now - now % _SECOND + _SECOND)
+        if not times:
+            return
+        deadline = self._clock.now_ns() + min(times) - now
+        if self._armed is None or deadline < self._armed:
             self._armed = deadline
             self._call_at(deadline, lambda: self._timer(deadline))
 
@@ -305,10 +306,12 @@ class Rtc(Device):
         with self._lock:
             if deadline != self._armed:
                 return
-            now = self._now_ns()
-            self._raise_flags(now)
-            self._update_line()
-            self._arm(now)
+            self._armed = None
+            if not self._paused:
+                now = self._now_ns()
+                self._raise_flags(now)
+                self._update_line()
+                self._arm(now)
 
     # Life cycle.
 
@@ -321,7 +324,6 @@ class Rtc(Device):
     def pause(self) -> None:
         with self._lock:
             self._paused = True
-            self._armed = 0
 
     def resume(self) -> None:
         with self._lock:

@@ -152,6 +152,15 @@ def test_an_impossible_alarm_never_comes(board: Board) -> None:
     assert board.timers.pending == []
 
 
+def test_timers_do_not_pile_up_whatever_the_guest_writes(board: Board) -> None:
+    board.write(B, 0x72)
+    for step in range(1000):
+        board.write(1 + 2 * (step % 3), step & 0xFF)
+        board.write(A, 0x20 | step & 0x0F)
+        board.clock.advance(1000)
+    assert len(board.timers.pending) < 20
+
+
 def test_flags_are_set_without_interrupts_for_guests_that_poll(board: Board) -> None:
     board.read(C)
     assert board.read(C) == 0
