@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from guests.packages import RecipeError
 
 _EXIT_LAB_FAILED = 125
 _EXIT_TIMEOUT = 124
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def main() -> int:
@@ -29,6 +32,8 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="tell how long the lab and the command took")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
     options = parser.parse_args()
+    # An exception lets the session clean up; nobody waits for a killed lab's answer.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
     try:
         result = run(
             options.command,
@@ -45,7 +50,7 @@ def main() -> int:
         print(f"lab: {error}", file=sys.stderr)
         return _EXIT_TIMEOUT if isinstance(error, LabTimeout) else _EXIT_LAB_FAILED
     except KeyboardInterrupt:
-        return 130
+        return _EXIT_INTERRUPTED
     if options.verbose:
         print(f"lab: up in {result.boot_seconds:.1f} s, ended after {result.seconds:.1f} s", file=sys.stderr)
     return result.returncode
