@@ -41,9 +41,8 @@ class RawDisk(Disk):
         self, path: str, readonly: bool = False, sector_size: int = 512, physical_sector_size: int = 4096
     ) -> None:
         if sector_size not in (512, 4096) or physical_sector_size % sector_size or physical_sector_size <= 0:
-            raise DiskError(
-                f"{path}: sector sizes {sector_size}/{physical_sector_size} do not fit; use 512/512, 512/4096 or 4096/4096"
-            )
+            sizes = f"{sector_size}/{physical_sector_size}"
+            raise DiskError(f"{path}: sector sizes {sizes} do not fit; use 512/512, 512/4096 or 4096/4096")
         self.path = path
         self.readonly = readonly
         self.sector_size = sector_size

@@ -108,7 +108,10 @@ def test_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None
 
 def test_writer_is_refused_while_another_process_reads(tmp_path: Path) -> None:
     path = image(tmp_path)
-    script = "import sys; from devices.storage.raw import RawDisk; d = RawDisk(sys.argv[1], readonly=True); print(flush=True); input()"
+    script = (
+        "import sys; from devices.storage.raw import RawDisk\n"
+        "disk = RawDisk(sys.argv[1], readonly=True); print(flush=True); input()"
+    )
     with subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

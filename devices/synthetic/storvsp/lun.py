@@ -9,6 +9,7 @@ from devices.synthetic.storvsp.sense import INVALID_FIELD_IN_CDB, Sense, from_os
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from devices.storage.backend import Disk
 
@@ -25,7 +26,8 @@ class Outcome(NamedTuple):
 class Counters:
     """What one queue did to one logical unit; only that queue's thread counts."""
 
-    __slots__ = ("bytes_read", "bytes_written", "commands", "discards", "errors", "flushes", "reads", "writes")
+    NAMES = ("commands", "reads", "writes", "bytes_read", "bytes_written", "flushes", "discards", "errors")
+    __slots__ = NAMES
 
     def __init__(self) -> None:
         self.commands = self.reads = self.writes = self.bytes_read = self.bytes_written = 0
@@ -33,11 +35,17 @@ class Counters:
 
 
 class Lun:
-    """One logical unit. `execute` may run on several threads at once."""
+    """One logical unit, served by `queues` queues; `execute` may run on several threads at once."""
 
-    def __init__(self, disk: Disk, identity: bytes) -> None:
+    def __init__(self, disk: Disk, identity: bytes, queues: int = 1) -> None:
         self.disk = disk
         self.target = scsi.Target(disk, identity)
+        self.counters = [Counters() for _ in range(queues)]
+
+    def inspect(self) -> dict[str, Any]:
+        """Return the disk and the counters, summed over the queues."""
+        totals = {name: sum(getattr(counters, name) for counters in self.counters) for name in Counters.NAMES}
+        return {"disk": self.disk.inspect(), **totals}
 
     def execute(self, cdb: bytes, buffer: Sequence[memoryview], length: int, data_in: bool, count: Counters) -> Outcome:
         """Carry out one command to its end.

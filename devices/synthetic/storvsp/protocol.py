@@ -136,6 +136,21 @@ _NT_STATUS = {
 }
 
 
-def enumerate_bus() -> bytes:
+def channel_properties(subchannels: int | None, max_transfer: int) -> bytes:
+    """The answer to QUERY_PROPERTIES; `subchannels` is None if the version knows of none."""
+    flags = 0 if subchannels is None else MULTI_CHANNEL
+    return PROPERTIES.pack(0, subchannels or 0, 0, flags, max_transfer, 0)
+
+
+def enumerate_bus(version: int) -> bytes:
     """The host's notice that LUNs came or went."""
-    return HEADER.pack(Operation.ENUMERATE_BUS, 0, NtStatus.SUCCESS).ljust(HEADER.size + SRB_SIZE_MAX, b"\0")
+    size = SRB_SIZE_MAX if version >= WIN8 else SRB.size
+    return HEADER.pack(Operation.ENUMERATE_BUS, 0, NtStatus.SUCCESS) + bytes(size)
+
+
+def operation_name(operation: int) -> str:
+    """The operation's name, or its number if there is none."""
+    try:
+        return Operation(operation).name
+    except ValueError:
+        return f"operation {operation:#x}"

@@ -59,6 +59,14 @@ class Op(IntEnum):
     WRITE_12 = 0xAA
 
 
+def op_name(code: int) -> str:
+    """The operation's name, or its number if it is none of ours."""
+    try:
+        return Op(code).name
+    except ValueError:
+        return f"{code:#04x}"
+
+
 #: CDB length by group code, the top three bits of the opcode; 0 where the length is not fixed. SPC-4 section 4.2.5.
 CDB_LENGTHS = (6, 10, 10, 0, 16, 12, 0, 0)
 
@@ -265,7 +273,7 @@ class Target:
     def _write_same(self, flags: int, lba: int, blocks: int, length: int, data_in: bool) -> Plan:
         if self._readonly:
             return Fail(WRITE_PROTECTED)
-        # Flags: WRPROTECT 7:5, ANCHOR 4, UNMAP 3, NDOB 0 (no data-out buffer). WSNZ in VPD page B0 makes 0 blocks wrong.
+        # Flags: WRPROTECT 7:5, ANCHOR 4, UNMAP 3, NDOB 0 (no data-out buffer). VPD page B0 (WSNZ) rules 0 blocks out.
         if flags & 0xF6 or not 0 < blocks <= inquiry.MAX_WRITE_SAME_BYTES // self._block:
             return Fail(INVALID_FIELD_IN_CDB)
         refusal = self._check(lba, blocks)
