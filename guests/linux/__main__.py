@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def main() -> int:
     except (RecipeError, OSError) as error:
         print(f"guests.linux: {error}", file=sys.stderr)
         return 1
-    print(f"kernel={images.kernel}\nvmlinux={images.vmlinux}\ninitrd={images.initrd}\ncmdline='{COMMAND_LINE}'")
+    values = {"kernel": images.kernel, "vmlinux": images.vmlinux, "initrd": images.initrd, "cmdline": COMMAND_LINE}
+    for name, value in values.items():
+        print(f"{name}={shlex.quote(str(value))}")
     return 0
 
 
