@@ -14,7 +14,8 @@ from guests.probe.build import BuildError, build
 from guests.probe.report import Report, expectation, parse
 
 _DISK_BYTES = 1 << 20
-_DISK_START = b"pyvmm probe disk"
+#: The first 16 bytes of the disk, which the probe reports.
+DISK_START = b"pyvmm probe disk"
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,32 @@ class Run:
     seconds: float
 
 
-def run(elf: Path, *, cpus: int = 1, cmdline: str = "", enlightenments: str = "full", timeout: float = 30.0) -> Run:
-    """Run the probe under pyvmm with a disk of its own. `timeout` is in seconds of guest time."""
-    with tempfile.TemporaryDirectory(prefix="pyvmm-probe-") as work:
-        disk, console = Path(work) / "disk.img", Path(work) / "com1.txt"
-        disk.write_bytes(_DISK_START.ljust(_DISK_BYTES, b"\0"))
-        command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus)]
-        command += ["--memory", "64M", "--disk", str(disk), "--com1", f"file:{console}", "--no-reboot"]
-        command += ["--cmdline", cmdline, "--enlightenments", enlightenments, "--timeout", str(timeout)]
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        seconds = time.monotonic() - started
-        text = console.read_text(errors="replace") if console.exists() else ""
+def run(
+    elf: Path,
+    work: Path,
+    *,
+    cpus: int = 1,
+    cmdline: str = "",
+    enlightenments: str = "full",
+    disk: bool = True,
+    timeout: float = 30.0,
+) -> Run:
+    """Run the probe under pyvmm, with ``com1.txt`` and, if it has a disk, ``disk.img`` made in `work`.
+
+    `timeout` is in seconds. Without VMBus among the `enlightenments` there can be no disk.
+    """
+    console = work / "com1.txt"
+    command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus), "--memory", "64M"]
+    command += ["--com1", f"file:{console}", "--no-reboot", "--timeout", str(timeout)]
+    command += ["--cmdline", cmdline, "--enlightenments", enlightenments]
+    if disk:
+        image = work / "disk.img"
+        image.write_bytes(DISK_START.ljust(_DISK_BYTES, b"\0"))
+        command += ["--disk", str(image)]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    seconds = time.monotonic() - started
+    text = console.read_text(errors="replace") if console.exists() else ""
     return Run(parse(text), done.returncode, done.stderr, seconds)
 
 
@@ -75,6 +90,7 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="VPs (default: %(default)s)")
     parser.add_argument("--cmdline", default="", metavar="TEXT", help="such as probe=cpuid,msr; see docs/probe.md")
     parser.add_argument("--enlightenments", default="full", metavar="SPEC", help="as for pyvmm run")
+    parser.add_argument("--no-disk", dest="disk", action="store_false", help="run it without a disk")
     options = parser.parse_args()
     try:
         elf = build()
@@ -84,7 +100,15 @@ def main() -> int:
     if not options.run:
         print(elf)
         return 0
-    result = run(elf, cpus=options.cpus, cmdline=options.cmdline, enlightenments=options.enlightenments)
+    with tempfile.TemporaryDirectory(prefix="pyvmm-probe-") as work:
+        result = run(
+            elf,
+            Path(work),
+            cpus=options.cpus,
+            cmdline=options.cmdline,
+            enlightenments=options.enlightenments,
+            disk=options.disk,
+        )
     if result.report.findings:
         _show(result)
     if result.stderr:
