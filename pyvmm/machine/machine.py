@@ -86,9 +86,9 @@ class Machine:
         self._vmbus = "vmbus" in chosen
         try:
             self._open_disks()
-            self._assemble(chosen)
+            self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = self._load()
-            self._show_memory()
+            self._assemble(chosen)
         except (BootError, KvmError, OSError) as error:
             self.close()
             code = EXIT_USAGE if isinstance(error, BootError) else EXIT_HOST
@@ -116,7 +116,6 @@ class Machine:
 
     def _assemble(self, chosen: frozenset[str]) -> None:
         config = self.config
-        self.memory = GuestMemory(config.memory, config.huge_pages)
         self._worker = Worker("board", self._on_worker_error, self._clock)
         self.partition = Partition(
             self.memory, chosen, config.cpus, self._tracer, self._on_guest_reset, self._on_guest_crash
@@ -125,9 +124,11 @@ class Machine:
         with System() as system:
             system.require_capabilities()
             self._vm = system.create_vm()
-            self._slots = 0
-            self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
+            # In this order: once a VM has interrupt controllers, KVM takes some 10 ms to publish a filter or memory.
             self._vm.trap_msrs(catalog.MSR_BASE, catalog.MSR_COUNT)
+            for region in self.memory.regions:
+                self._vm.add_memory(region)
+            self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
             self.board = Board(
                 self.memory,
                 self._vm.irq_line,
@@ -198,10 +199,6 @@ class Machine:
         ):
             self.memory.write(gpa, table)
         return entry
-
-    def _show_memory(self) -> None:
-        for region in self.memory.regions:
-            self._vm.add_memory(region)
 
     # What happens on VP threads -----------------------------------------------------------------------------------
 
