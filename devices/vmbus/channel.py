@@ -76,6 +76,7 @@ class Channel:
         self._pending: deque[Packet] = deque()
         self._open = True
         self._held = False
+        self._suspended = False
         self._counts = {"packets_in": 0, "packets_out": 0, "signals": 0}
 
     # What devices use ------------------------------------------------------------------------------
@@ -162,6 +163,15 @@ class Channel:
         """Close the doorbell, once no event port leads to it."""
         os.close(self.doorbell)
 
+    def suspend(self) -> None:
+        """Take nothing more off the ring until `resume`. Runs on the channel's worker."""
+        self._suspended = True
+
+    def resume(self) -> None:
+        """Go on after `suspend`."""
+        self._suspended = False
+        self.kick()
+
     def kick(self) -> None:
         """Have the worker look at the rings. Any thread, until `dispose`."""
         with self._lock:
@@ -228,7 +238,7 @@ class Channel:
         try:
             for _ in range(BATCHES):
                 with self._lock:
-                    if not self._open or not self._flush() or self._pending or self._held:
+                    if not self._open or not self._flush() or self._pending or self._held or self._suspended:
                         return
                 packets = self.receive()
                 if packets:

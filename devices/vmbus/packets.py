@@ -1,7 +1,8 @@
 """What travels in a channel's rings: packet types, GPA-direct ranges and pipe framing.
 
 A packet is the tuple ``pyvmm.core._hot.Packet``: (type, flags, transaction id, extra header, payload).
-Layouts: Linux 6.1 include/linux/hyperv.h (``vmpacket_descriptor``, ``gpa_range``, ``vmbuspipe_hdr``), openvmm vmbus_ring.
+Layouts: Linux 6.1 include/linux/hyperv.h (``vmpacket_descriptor``, ``gpa_range``, ``vmbuspipe_hdr``), openvmm
+vmbus_ring.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The base of every device on VMBus (a virtualization service provider).
 
-Threads: `open`, `close`, `reattach` and `gpadl_released` run on the bus's thread, `packets` on the worker of its channel. A
-device's worker never waits for the bus's thread, as that waits for it when it closes a channel.
+Threads: `open`, `close`, `reattach` and `gpadl_released` run on the bus's thread, `packets` on the worker of its
+channel. A device's worker never waits for the bus's thread, as that waits for it when it closes a channel.
 """
 
 from __future__ import annotations
