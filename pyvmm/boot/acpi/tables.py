@@ -112,12 +112,14 @@ def _fadt(facs: int, dsdt_gpa: int, i8042: bool) -> bytes:
 
 
 def _madt(cpus: int) -> bytes:
-    """Return the MADT of a board with 8259s, one IOAPIC, ISA IRQ 0 on its input 2 and the SCI level triggered."""
+    """Return the MADT of a board with 8259s and one IOAPIC, on whose input n is ISA IRQ n; the SCI is level triggered.
+
+    A PC has IRQ 0 on input 2, but KVM connects GSI 0, its PIT's, to input 0 unless it is given other routes.
+    """
     body = struct.pack("<II", layout.LAPIC_ADDRESS, 1)
     for index in range(cpus):
         body += struct.pack("<BBBBI", 0, 8, index, index, 1)
     body += struct.pack("<BBBBII", 1, 12, 0, 0, layout.IOAPIC_ADDRESS, 0)
-    body += struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0)
     body += struct.pack("<BBBBIH", 2, 10, 0, layout.SCI_IRQ, layout.SCI_IRQ, _POLARITY_HIGH | _TRIGGER_LEVEL)
     body += struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1)
     return _table(b"APIC", 5, body)
