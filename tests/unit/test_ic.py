@@ -20,6 +20,7 @@ from tests.fakes.ic_guest import IcGuest, Message
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from devices.vmbus.bus import VmBus
     from pyvmm.core.worker import Worker
 
 SECOND = 1_000_000_000
@@ -51,10 +52,11 @@ class Host:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.worker = FakeWorker(self.clock)
-        worker = cast("Worker", self.worker)
-        self.shutdown = Shutdown(worker, self.clock)
-        self.heartbeat = Heartbeat(worker, self.clock)
-        self.timesync = TimeSync(worker, self.clock, lambda: self.clock.now_ns() // 100)
+        self.heartbeat = Heartbeat(self.clock)
+        self.shutdown = Shutdown(self.clock, self.heartbeat)
+        self.timesync = TimeSync(self.clock, lambda: self.clock.now_ns() // 100, self.heartbeat)
+        assert [component.worker_count for component in self.components()] == [0, 1, 0]
+        self.heartbeat.attached(cast("VmBus", None), [cast("Worker", self.worker)])
         for component in self.components():
             component.reset()
 

@@ -32,7 +32,7 @@ _NO_ANSWER_AWAITED = -1
 
 
 class IntegrationComponent(PipeVsp):
-    """One component. `worker` serves its channel and timer, and may be shared among components.
+    """One component. With `leader`, a component that is put on the bus before, it uses that one's worker thread.
 
     Subclasses set `message_type` and `message_versions` and implement `ready`, `answered` and `tick`, which are called
     with the component's lock held.
@@ -40,11 +40,11 @@ class IntegrationComponent(PipeVsp):
 
     message_type: int
     message_versions: tuple[Version, ...]
-    worker_count = 0
 
-    def __init__(self, name: str, worker: Worker, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, leader: IntegrationComponent | None) -> None:
         super().__init__(name)
-        self._worker = worker
+        self.worker_count = 1 if leader is None else 0
+        self._leader = leader
         self._clock = clock
         self._lock = threading.RLock()
         self._timer: Timer | None = None
@@ -75,7 +75,7 @@ class IntegrationComponent(PipeVsp):
         """Call `tick` once in `delay_ns`, instead of when it would have been."""
         self._cancel()
         if not self._paused:
-            timer = self._worker.call_at(self._clock.now_ns() + delay_ns, lambda: self._expired(timer))
+            timer = self.worker_for(0).call_at(self._clock.now_ns() + delay_ns, lambda: self._expired(timer))
             self._timer = timer
 
     def transact(self, body: bytes) -> bool:
@@ -96,7 +96,7 @@ class IntegrationComponent(PipeVsp):
     # The channel.
 
     def worker_for(self, subchannel_index: int) -> Worker:
-        return self._worker
+        return super().worker_for(subchannel_index) if self._leader is None else self._leader.worker_for(0)
 
     def open(self, channel: Channel) -> None:
         with self._lock:

@@ -21,7 +21,6 @@ from devices.synthetic.ic.protocol import (
 
 if TYPE_CHECKING:
     from pyvmm.core.clock import Clock
-    from pyvmm.core.worker import Worker
 
 PERIOD_NS = 2_000_000_000
 #: Beats that may go by without an answer before communication counts as lost.
@@ -36,8 +35,8 @@ class Heartbeat(IntegrationComponent):
     message_type = HEARTBEAT
     message_versions = HEARTBEAT_VERSIONS
 
-    def __init__(self, worker: Worker, clock: Clock, name: str = "heartbeat") -> None:
-        super().__init__(name, worker, clock)
+    def __init__(self, clock: Clock, leader: IntegrationComponent | None = None) -> None:
+        super().__init__("heartbeat", clock, leader)
 
     def _forget(self) -> None:
         super()._forget()

@@ -23,7 +23,6 @@ from devices.synthetic.ic.protocol import (
 if TYPE_CHECKING:
     from devices.vmbus.channel import Channel
     from pyvmm.core.clock import Clock
-    from pyvmm.core.worker import Worker
 
 
 class ShutdownResult(NamedTuple):
@@ -70,8 +69,8 @@ class Shutdown(IntegrationComponent):
 
     _request: _Request | None = None
 
-    def __init__(self, worker: Worker, clock: Clock, name: str = "shutdown") -> None:
-        super().__init__(name, worker, clock)
+    def __init__(self, clock: Clock, leader: IntegrationComponent | None = None) -> None:
+        super().__init__("shutdown", clock, leader)
 
     def request(self, restart: bool = False, force: bool = True, timeout_s: float = 10.0) -> ShutdownResult:
         """Ask the guest to power off or restart and wait up to `timeout_s` seconds for its answer.

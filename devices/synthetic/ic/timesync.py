@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.core.clock import Clock
-    from pyvmm.core.worker import Worker
 
 SAMPLE_PERIOD_NS = 5_000_000_000
 #: 1 Jan 1970 in 100 ns since 1 Jan 1601.
@@ -44,8 +43,10 @@ class TimeSync(IntegrationComponent):
     message_type = TIMESYNC
     message_versions = TIMESYNC_VERSIONS
 
-    def __init__(self, worker: Worker, clock: Clock, reference_time: Callable[[], int], name: str = "timesync") -> None:
-        super().__init__(name, worker, clock)
+    def __init__(
+        self, clock: Clock, reference_time: Callable[[], int], leader: IntegrationComponent | None = None
+    ) -> None:
+        super().__init__("timesync", clock, leader)
         self._reference_time = reference_time
 
     def _forget(self) -> None:
