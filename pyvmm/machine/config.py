@@ -1,6 +1,6 @@
 """What one VM is made of: the single definition behind the command line, VM files and their JSON schema.
 
-This module is on the start-up path and so has no imports beyond ``os``; reading VM files stands in
+This module is on the start-up path and so imports little; reading VM files stands in
 `pyvmm.machine.config_file`.
 """
 
@@ -175,6 +175,14 @@ def validate(config: VmConfig) -> None:
         if on_controller[disk.controller] > MAX_LUNS:
             raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
     split_com1(config.com1)
+    from enlightenments import catalog  # only where a VM is to be built, not for `pyvmm ctl`
+
+    try:
+        chosen = catalog.parse_spec(config.enlightenments)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.disks and "vmbus" not in chosen:
+        raise ConfigError("a disk needs the enlightenment vmbus, because its controller is a VMBus device")
 
 
 def check_files(config: VmConfig) -> None:

@@ -50,9 +50,9 @@ class Commands:
             "add-disk": (("path", "readonly", "controller"), self._add_disk),
             "inspect": (("path",), self._inspect),
             "pause": ((), lambda _: self._control(machine.pause)),
-            "poweroff": ((), lambda _: self._control(machine.poweroff)),
+            "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),
             "remove-disk": (("controller", "lun"), self._remove_disk),
-            "reset": ((), lambda _: self._control(machine.reset)),
+            "reset": ((), lambda _: self._request(machine.reset, "reset")),
             "resume": ((), lambda _: self._control(machine.resume)),
             "shutdown": (("timeout", "restart"), self._shutdown),
             "status": ((), lambda _: self._status()),
@@ -85,6 +85,10 @@ class Commands:
     def _control(self, action: Callable[[], object]) -> dict[str, Any]:
         action()
         return {"state": self._machine.state}
+
+    def _request(self, action: Callable[[], object], what: str) -> dict[str, Any]:
+        action()
+        return {"message": f"{what} requested"}
 
     def _status(self) -> dict[str, Any]:
         return {"name": self._name, "pid": os.getpid(), "state": self._machine.state}

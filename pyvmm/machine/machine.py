@@ -325,8 +325,8 @@ class Machine:
             self._halt()
             with self._condition:
                 self._events = [event for event in self._events if event.kind != "reset"]
-            if self._state == "running":
-                self._pause_devices()
+            if self._state == "paused":
+                self._resume_devices()
             self.board.reset()
             if self._synthetic is not None:
                 self._synthetic.reset()
@@ -336,7 +336,6 @@ class Machine:
                 processor.vp.set_state(state)
             self._entry = self._load()
             entry_registers(self.processors[0].vp, self._entry)
-            self._resume_devices()
             self._state = "running"
             self._release()
 
