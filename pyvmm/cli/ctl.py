@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         "--timeout", metavar="S", type=float, default=DEFAULT_SHUTDOWN_S, help="seconds that the guest is given"
     )
     by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
-    by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as devices/uart0")
+    by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as board/devices")
     by_name["add-disk"].add_argument("disk", metavar="PATH[,readonly][,controller=N]", type=parse_disk)
     by_name["remove-disk"].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
     parser.set_defaults(run=run)

@@ -1,0 +1,99 @@
+"""A VM without a guest, for tests of what stands above it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.machine.machine import MachineError, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+
+class FakeMachine:
+    """Ends when `stop` or `poweroff` is called, or as `script` says; remembers what was asked of it in `calls`."""
+
+    #: Runs in place of the guest; None to wait for `stop`.
+    script: Callable[[FakeMachine], Outcome] | None = None
+    #: Raised while the VM is made.
+    construction_error: Exception | None = None
+    #: The one made last.
+    last: FakeMachine
+
+    def __init__(self, config: Any = None, *, tracer: Any = None, log: Any = None, console: Any = None) -> None:
+        if self.construction_error is not None:
+            raise self.construction_error
+        type(self).last = self
+        self.config = config
+        self.tracer = tracer
+        self.console = console
+        self.state = "running"
+        self.calls: list[Any] = []
+        self.outcome: Outcome | None = None
+        self.stopped = threading.Event()
+        #: What `shutdown` waits for before it answers.
+        self.guest_answers = threading.Event()
+        self.shutting_down = threading.Event()
+        self.obeys = True
+        self.closed = False
+
+    def run(self) -> Outcome:
+        if self.script is not None:
+            return type(self).script(self)  # type: ignore[misc]
+        self.stopped.wait(20)
+        assert self.outcome is not None, "nobody stopped the VM"
+        return self.outcome
+
+    def pause(self) -> None:
+        self.state = "paused"
+
+    def resume(self) -> None:
+        self.state = "running"
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def poweroff(self) -> None:
+        self._end(Outcome("poweroff", 0))
+
+    def stop(self, exit_code: int, message: str) -> None:
+        self._end(Outcome("stopped", exit_code, message))
+
+    def _end(self, outcome: Outcome) -> None:
+        self.state = "stopped"
+        self.outcome = outcome
+        self.stopped.set()
+
+    def shutdown(self, timeout: float, restart: bool = False) -> dict[str, Any]:
+        self.calls.append(("shutdown", timeout, restart))
+        self.shutting_down.set()
+        self.guest_answers.wait(20)
+        if self.obeys:
+            return {"obeyed": True, "message": "the guest shut down"}
+        return {"obeyed": False, "message": f"the guest did not answer within {timeout:g} s"}
+
+    def inspect(self) -> dict[str, Any]:
+        return {"state": self.state, "vps": [{"index": 0, "exits": {"io": 3}}], "devices": {}}
+
+    def add_disk(self, path: str, readonly: bool, controller: int) -> dict[str, Any]:
+        self.calls.append(("add_disk", path, readonly, controller))
+        if "missing" in path:
+            raise MachineError(f"disk {path}: no such file", 2)
+        return {"controller": controller, "lun": 1}
+
+    def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
+        self.calls.append(("remove_disk", controller, lun))
+        return {"message": "removed"}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> type[FakeMachine]:
+    """Have `pyvmm run` make FakeMachines; returns a fresh class whose attributes the test may set."""
+    cls = type("FakeMachine", (FakeMachine,), {})
+    monkeypatch.setattr("pyvmm.machine.machine.Machine", cls)
+    return cls
