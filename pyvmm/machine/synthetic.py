@@ -12,7 +12,6 @@ from devices.synthetic.ic.shutdown import Shutdown
 from devices.synthetic.ic.timesync import TimeSync
 from devices.synthetic.storvsp.vsp import LUNS, StorVsp, subchannels_for
 from devices.vmbus.bus import VmBus
-from pyvmm.core.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,11 +45,10 @@ class SyntheticDevices:
             luns = self._disks.setdefault(config.controller, {})
             luns[_free_lun(luns)] = disk
         self.bus = VmBus(memory, partition, on_error, clock, tracer, log)
-        self._worker = Worker("ic", on_error, clock)
-        self._worker.start()
-        self.shutdown_component = Shutdown(self._worker, clock)
-        self.heartbeat = Heartbeat(self._worker, clock)
-        self.timesync = TimeSync(self._worker, clock, partition.reference.now)
+        self.shutdown_component = Shutdown(clock)
+        # The other components are served by the first one's thread.
+        self.heartbeat = Heartbeat(clock, self.shutdown_component)
+        self.timesync = TimeSync(clock, partition.reference.now, self.shutdown_component)
         for component in (self.shutdown_component, self.heartbeat, self.timesync):
             self.bus.add_device(component)
         self._controllers: dict[int, StorVsp] = {}
@@ -96,17 +94,14 @@ class SyntheticDevices:
     def pause(self) -> None:
         """Stop all devices and their threads."""
         self.bus.pause()
-        self._worker.pause()
 
     def resume(self) -> None:
         """Go on."""
-        self._worker.resume()
         self.bus.resume()
 
     def close(self) -> None:
         """End all threads; close the disks."""
         self.bus.stop()
-        self._worker.stop()
         for luns in self._disks.values():
             for disk in luns.values():
                 disk.close()
