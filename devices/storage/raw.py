@@ -163,5 +163,5 @@ def _explain(error: OSError, readonly: bool) -> str:
         wish = "reading" if readonly else "writing; change its permissions or add ,readonly"
         return f"{error.strerror}: cannot be opened for {wish}"
     if error.errno == errno.EBUSY:
-        return "the host is using this block device; unmount it first, or add ,readonly"
+        return "the host or another VM is using this block device; end that first, or add ,readonly"
     return f"cannot be opened: {error.strerror}"
