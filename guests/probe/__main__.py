@@ -64,7 +64,7 @@ def _show(result: Run) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("topic", "finding", "value", "", "expected"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("topic", "finding"))
     topic = ""
     for finding in result.report.findings:
         verdict = Text("ok", style="green") if finding.ok else Text("BAD", style="bold red")
