@@ -171,12 +171,14 @@ class Worker:
             for action in self._due():
                 self._call(action)
             for fd, _ in ready:
-                try:
-                    os.eventfd_read(fd)
-                except OSError:  # closed or read by somebody else meanwhile
-                    continue
                 with self._lock:
                     callback = self._events.get(fd)
+                if callback is None and fd != self._wake:  # removed meanwhile; the number may be another file's
+                    continue
+                try:
+                    os.eventfd_read(fd)
+                except OSError:  # read by somebody else meanwhile
+                    continue
                 if callback is not None:
                     self._call(callback)
         self._epoll.close()
