@@ -1,4 +1,6 @@
-/* Hypervisor CPUID leaves, TLFS v6.0b, feature discovery, and Microsoft's "Requirements for Implementing the Microsoft Hypervisor Interface". */
+/* Hypervisor CPUID leaves: TLFS v6.0b, feature discovery, and Microsoft's
+ * "Requirements for Implementing the Microsoft Hypervisor Interface".
+ */
 #include "probe.h"
 
 #define HYPERVISOR_PRESENT (1u << 31)
@@ -7,7 +9,8 @@
 #define INTERFACE_HV1 0x31237648u /* "Hv#1" */
 
 /* EBX of leaf 0x40000003: what only a root partition may have, plus calls that the guest would then make. */
-#define ROOT_PRIVILEGES (1u << 0 | 1u << 1 | 1u << 2 | 1u << 3 | 1u << 6 | 1u << 8 | 1u << 12 | 1u << 13 | 1u << 20 | 1u << 22)
+#define ROOT_PRIVILEGES \
+    (1u << 0 | 1u << 1 | 1u << 2 | 1u << 3 | 1u << 6 | 1u << 8 | 1u << 12 | 1u << 13 | 1u << 20 | 1u << 22)
 
 static const char *const leaf_names[] = {
     "cpuid.leaf0", "cpuid.leaf1", "cpuid.leaf2", "cpuid.leaf3", "cpuid.leaf4", "cpuid.leaf5", "cpuid.leaf6",

@@ -1,4 +1,6 @@
-/* What the boot loader left: command line and ACPI tables (Linux Documentation/arch/x86/zero-page.rst; ACPI 6.5, chapter 5). */
+/* What the boot loader left: command line and ACPI tables
+ * (Linux Documentation/arch/x86/zero-page.rst; ACPI 6.5, chapter 5).
+ */
 #include "probe.h"
 
 #define BOOT_RSDP 0x70

@@ -1,4 +1,4 @@
-/* A VMBus channel's rings as the guest uses them (Linux drivers/hv/ring_buffer.c for the layout and signalling rules). */
+/* A VMBus channel's rings as the guest uses them; layout and signalling rules as in Linux drivers/hv/ring_buffer.c. */
 #include "probe.h"
 
 #define FOOTER_SIZE 8u
@@ -23,7 +23,8 @@ static u32 get(struct ring *ring, u32 at, void *to, u32 size)
 
 /* The caller has at most one request in flight, so the ring always has room. `extra_size` and `size` are padded by the
  * caller to 8 bytes together. */
-void ring_send(struct channel *channel, struct packet head, const void *extra, u32 extra_size, const void *payload, u32 size)
+void ring_send(struct channel *channel, struct packet head, const void *extra, u32 extra_size, const void *payload,
+               u32 size)
 {
     struct ring *ring = channel->send;
     u32 start = ring->in, at;

@@ -120,7 +120,8 @@ void probe_smp(void)
         indices |= 1ull << (vp->index & 63);
         delivered += vp->messages;
         in_time += before <= vp->time && vp->time <= after;
-        expect_numbered("smp.apic_id_of_vp", (u32)vp->index, vp->apic_id, vp->index <= others, "a VP index below the VP count");
+        expect_numbered("smp.apic_id_of_vp", (u32)vp->index, vp->apic_id, vp->index <= others,
+                        "a VP index below the VP count");
     }
     expect("smp.vp_indices", indices, indices == (others == 63 ? ~0ull : (2ull << others) - 1), "one bit for each VP");
     if (privileges_eax & EAX_STIMER)

@@ -94,14 +94,15 @@ static void one_shot(void)
     expect_equal("synic.timer_payload_size", slot->size, sizeof(payload));
     memcpy(&payload, slot->payload, sizeof(payload));
     expect_equal("synic.timer_expiration", payload.expiration, due);
-    expect("synic.timer_delivery", payload.delivery - due, payload.delivery >= due && payload.delivery <= reference_time(),
+    expect("synic.timer_delivery", payload.delivery - due,
+           payload.delivery >= due && payload.delivery <= reference_time(),
            "between expiration and now");
     expect_equal("synic.timer_interrupts", this_vp()->interrupts[VECTOR_TIMER_SINT] - interrupts, 1);
     expect_equal("synic.timer_one_shot_disabled", rdmsr(MSR_STIMER0_CONFIG) & TIMER_ENABLE, 0);
     message_done(slot);
 }
 
-/* Two timers for one slot: one must wait, flag that it waits, and come after EOM. Which one is first is not promised. */
+/* Two timers for one slot: one must wait, flag that it waits, and come after EOM. Which is first is not promised. */
 static void slot_busy(void)
 {
     struct message *slot = message_slot(TIMER_SINT);

@@ -195,7 +195,8 @@ static bool list_offers(struct channel *scsi)
             continue;
         offers++;
         expect_numbered("vmbus.offer", offer.id, offer.interface[0],
-                        offer.id && offer.id < CHANNEL_LIMIT && offer.dedicated == 1, "channel 1..2047, own connection");
+                        offer.id && offer.id < CHANNEL_LIMIT && offer.dedicated == 1,
+                        "channel 1..2047, own connection");
         if (offer.interface[0] == SCSI_INTERFACE && !scsi->id) {
             scsi->id = offer.id;
             scsi->connection = offer.connection;
