@@ -149,7 +149,7 @@ class Partition(Ports):
         self._assist = [0] * self.vp_count
         self._crash = [0] * 5
 
-    # Assembly -----------------------------------------------------------------------------------------------
+    # Assembly --------------------------------------------------------------------------------------
 
     def set_reference_time(self, tsc_khz: int, tsc_offset: int) -> None:
         """Start reference time at 0, on the guest's TSC."""
@@ -224,7 +224,7 @@ class Partition(Ports):
             "synics": [synic.inspect() for synic in self.synics],
         }
 
-    # What the VPs ask -----------------------------------------------------------------------------------------
+    # What the VPs ask ------------------------------------------------------------------------------
 
     def read_msr(self, vp: int, index: int) -> int | None:
         """Answer a read that C does not; None for #GP."""
@@ -252,7 +252,7 @@ class Partition(Ports):
             "hypercall", f"vp{vp} call {control & 0xFFFF:#x} control {control:#x} input {input:#x}: {status}"
         )
 
-    # MSRs -------------------------------------------------------------------------------------------------------
+    # MSRs ------------------------------------------------------------------------------------------
 
     def _show_hypercalls(self) -> None:
         for vp in self._vps:
@@ -336,7 +336,7 @@ class Partition(Ports):
             self._on_crash(list(self._crash), message)
         return True
 
-    # Ports ------------------------------------------------------------------------------------------------------
+    # Ports -----------------------------------------------------------------------------------------
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
         """See `Ports`."""

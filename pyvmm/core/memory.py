@@ -104,7 +104,7 @@ class GuestMemory:
         if size >= 0:
             for region in self.regions:
                 offset = gpa - region.gpa
-                if 0 <= offset and offset + size <= region.size:
+                if offset >= 0 and offset + size <= region.size:
                     if write and region.readonly:
                         raise GuestMemoryError(gpa, size, "read-only memory")
                     return region.view[offset : offset + size]

@@ -107,7 +107,7 @@ class Worker:
         def call() -> None:
             try:
                 result.append(action())
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001 - handed to the caller
                 error.append(exc)
             done.set()
 
@@ -187,5 +187,5 @@ class Worker:
     def _call(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the owner
             self._on_error(error)

@@ -120,7 +120,7 @@ def _translate(memory: GuestMemory, sregs: abi.Sregs, linear: int) -> int | None
 def _disassemble(code: bytes, address: int, bits: int) -> str:
     if not code:
         return "(its address is not mapped)"
-    import capstone  # costs start-up time and is only wanted here
+    import capstone  # type: ignore[import-untyped]  # costs start-up time and is only wanted here
 
     modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
     for instruction in capstone.Cs(capstone.CS_ARCH_X86, modes[bits]).disasm(code, address, 1):

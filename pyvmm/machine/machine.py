@@ -97,7 +97,7 @@ class Machine:
             self.close()
             raise
 
-    # Assembly -------------------------------------------------------------------------------------------------
+    # Assembly --------------------------------------------------------------------------------------
 
     def _open_disks(self) -> None:
         if not self.config.disks:
@@ -200,7 +200,7 @@ class Machine:
             self.memory.write(gpa, table)
         return entry
 
-    # What happens on VP threads -----------------------------------------------------------------------------------
+    # What happens on VP threads --------------------------------------------------------------------
 
     def _post(self, event: Outcome) -> None:
         """Tell the owner of the life cycle, and keep the guest from going on meanwhile."""
@@ -265,7 +265,7 @@ class Machine:
                 )
             return self._synthetic
 
-    # Life cycle -----------------------------------------------------------------------------------------------------
+    # Life cycle ------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
@@ -372,7 +372,7 @@ class Machine:
         if getattr(self, "_vm", None) is not None:
             self._vm.close()
 
-    # Control: any thread ------------------------------------------------------------------------------------------------
+    # Control: any thread ---------------------------------------------------------------------------
 
     def pause(self) -> None:
         """Stop the guest where it is; raises MachineError if it does not run."""

@@ -82,7 +82,7 @@ class Processor:
                 break
             try:
                 reason = self.hot.run()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - handed to the machine
                 self._go.clear()
                 self._on_error(self, error)
                 continue
@@ -115,7 +115,7 @@ def entry_registers(vp: Vp, entry: EntryState) -> None:
 def guest_cpuid(
     supported: list[abi.CpuidEntry], hypervisor: dict[int, tuple[int, int, int, int]], vp: int, vp_count: int
 ) -> list[abi.CpuidEntry]:
-    """The CPUID leaves of one VP: the host's without KVM's own, with the VP's place in the topology and Hyper-V's leaves.
+    """The CPUID leaves of one VP: the host's without KVM's own, its place in the topology, and Hyper-V's leaves.
 
     All VPs are cores of one package with one thread each; the APIC id is the VP's index.
     Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
