@@ -86,14 +86,14 @@ class Worker:
         """Run `action` on the worker's thread; may be called from any thread."""
         with self._lock:
             self._calls.append(action)
-        os.eventfd_write(self._wake, 1)
+        self._kick()
 
     def call_at(self, deadline_ns: int, action: Callable[[], None]) -> Timer:
         """Run `action` once the clock's `now_ns` reaches `deadline_ns`; may be called from any thread."""
         timer = Timer(deadline_ns, action)
         with self._lock:
             heapq.heappush(self._timers, timer)
-        os.eventfd_write(self._wake, 1)
+        self._kick()
         return timer
 
     def run(self, action: Callable[[], T]) -> T:
@@ -123,7 +123,7 @@ class Worker:
             raise RuntimeError(f"worker {self.name} cannot pause itself")
         self._paused.clear()
         self._go.clear()
-        os.eventfd_write(self._wake, 1)
+        self._kick()
         if self._thread.is_alive():
             self._paused.wait()
 
@@ -135,9 +135,14 @@ class Worker:
         """End the thread and close its files; from another thread, return once it has ended."""
         self._stopping = True
         self._go.set()
-        os.eventfd_write(self._wake, 1)
+        self._kick()
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join()
+
+    def _kick(self) -> None:
+        with self._lock:
+            if self._wake >= 0:  # the thread may have ended, and the number be another file's
+                os.eventfd_write(self._wake, 1)
 
     def _timeout(self) -> float:
         with self._lock:
@@ -182,7 +187,9 @@ class Worker:
                 if callback is not None:
                     self._call(callback)
         self._epoll.close()
-        os.close(self._wake)
+        with self._lock:
+            os.close(self._wake)
+            self._wake = -1
 
     def _call(self, action: Callable[[], None]) -> None:
         try:
