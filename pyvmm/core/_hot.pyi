@@ -152,7 +152,7 @@ class Vp:
         /,
     ) -> None: ...
     def run(self) -> int:
-        """Run the guest until an exit that nobody here answers, or `stop`; return KVM_EXIT_* (KVM_EXIT_INTR after `stop`).
+        """Run the guest until `stop` (then return KVM_EXIT_INTR) or an exit that nobody here answers (return its reason).
 
         What a handler raises ends the run and comes out here.
         """
@@ -164,7 +164,10 @@ class Vp:
         """Which of the 512 MSRs from 0x40000000 exist, a bit each; the others give the guest #GP."""
 
     def counts(self) -> dict[str, Any]:
-        """Counters since the VP was made: exits, msr_reads, msr_writes, hypercalls (dicts by number), hypercalls_unknown."""
+        """Counters since the VP was made.
+
+        ``exits``, ``msr_reads``, ``msr_writes`` and ``hypercalls`` are dicts by number, ``hypercalls_unknown`` a number.
+        """
 
 class HypervisorCalls(Protocol):
     """What `Vp` asks Python for. Results are what the guest sees."""
