@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from construct import Bytes, Const, ConstructError, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct, this  # type: ignore[import-untyped]
+from construct import Bytes, Const, ConstructError, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct, this
 
 from devices.vmbus.packets import ChannelViolation
 
