@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from devices.storage.backend import Disk
 
@@ -120,7 +120,5 @@ def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:
         def teardown(self) -> None:
             self.disk.close()
             self.disk.close()
-
-    from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=examples, deadline=None))

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +16,9 @@ from devices.storage import raw
 from devices.storage.backend import DiskError
 from devices.storage.raw import RawDisk
 from tests.fakes.disks import MemoryDisk, check_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def image(tmp_path: Path, size: int = 1 << 20, name: str = "disk.img") -> str:
@@ -170,6 +175,32 @@ def test_identity_belongs_to_the_path(tmp_path: Path) -> None:
     assert len(identity) == 16
     assert RawDisk(str(link)).identity == identity
     assert RawDisk(second).identity != identity
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    made = subprocess.run(["losetup", "-f", "--show", image(tmp_path)], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.mark.skipif(shutil.which("losetup") is None, reason="no losetup")
+def test_block_device_is_a_disk_of_one_user(loop_device: str) -> None:
+    disk = RawDisk(loop_device)
+    assert disk.size == 1 << 20 and not disk.discard_zeroes
+    disk.writev(4096, [memoryview(b"block" * 1024)[:4096]])
+    disk.flush()
+    disk.discard(8192, 4096)
+    assert "is using this block device" in refusal(loop_device)
+    disk.close()
+    disk = RawDisk(loop_device, readonly=True)
+    buffer = bytearray(512)
+    disk.readv(4096, [memoryview(buffer)])
+    assert buffer == (b"block" * 1024)[:512]
+    disk.close()
 
 
 def test_storage_loads_nothing_slow() -> None:

@@ -41,7 +41,6 @@ class NtStatus(IntEnum):
     """The header's status, of a packet as a whole."""
 
     SUCCESS = 0
-    BUFFER_OVERFLOW = 0x8000_0005
     INVALID_PARAMETER = 0xC000_000D
     INVALID_DEVICE_REQUEST = 0xC000_0010
     REVISION_MISMATCH = 0xC000_0059
