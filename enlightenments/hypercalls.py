@@ -65,8 +65,8 @@ class Hypercalls:
             return INVALID_ALIGNMENT
         try:
             block = self._memory.read(input_gpa, _MESSAGE_HEADER + _MESSAGE_PAYLOAD)
-        except GuestMemoryError:
-            return INVALID_PARAMETER
+        except GuestMemoryError:  # "GPA pointer not within the bounds of the GPA space", TLFS's common status codes
+            return INVALID_ALIGNMENT
         connection_id = int.from_bytes(block[0:4], "little")
         message_type = int.from_bytes(block[8:12], "little")
         size = int.from_bytes(block[12:16], "little")

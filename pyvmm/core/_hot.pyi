@@ -166,7 +166,7 @@ class Vp:
     def counts(self) -> dict[str, Any]:
         """Counters since the VP was made.
 
-        ``exits``, ``msr_reads``, ``msr_writes`` and ``hypercalls`` are dicts by number, ``hypercalls_unknown`` a number.
+        Dicts by number: ``exits``, ``msr_reads``, ``msr_writes`` and ``hypercalls``; a number: ``hypercalls_unknown``.
         """
 
 class HypervisorCalls(Protocol):

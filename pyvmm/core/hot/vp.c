@@ -196,7 +196,7 @@ static uint64_t signal_event(VpObject *self, uint64_t control, uint64_t input)
 			return HV_STATUS_INVALID_ALIGNMENT;
 		const void *block = hot_memory_ptr(self->memory, input, sizeof(argument), false);
 		if (!block)
-			return HV_STATUS_INVALID_PARAMETER;
+			return HV_STATUS_INVALID_ALIGNMENT;
 		memcpy(&argument, block, sizeof(argument));
 	}
 	return (uint64_t)hot_doorbells_signal(self->doorbells, (uint32_t)argument, argument >> 32 & 0xffff);
