@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
+#: epoll counts milliseconds in an int: wake up before that overflows, and wait again.
+_LONGEST_WAIT_S = 3600.0
+_SWEEP_MINIMUM = 64
+
+
 class Timer:
     """A pending `Worker.call_at`; `cancel` makes it do nothing."""
 
@@ -50,16 +55,18 @@ class Worker:
         self.name = name
         self._on_error = on_error
         self._clock = clock or Clock()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # -1 once the worker has ended
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
         self._events: dict[int, Callable[[], None]] = {}
         self._calls: list[Callable[[], None]] = []
         self._timers: list[Timer] = []
+        self._sweep_at = _SWEEP_MINIMUM
+        self._waiting: set[threading.Event] = set()  # callers of `run`
         self._lock = threading.Lock()
-        self._paused = threading.Event()
-        self._go = threading.Event()
-        self._go.set()
+        self._changed = threading.Condition(self._lock)  # tells of the three below
+        self._held = False  # somebody wants it paused
+        self._parked = True  # the thread calls nothing until it has taken the lock
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -68,7 +75,7 @@ class Worker:
         self._thread.start()
 
     def add_event(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call `callback` whenever the eventfd `fd` is signalled; its count is read first."""
+        """Call `callback` whenever the eventfd `fd`, which must not block, is signalled; its count is read first."""
         with self._lock:
             self._events[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
@@ -83,21 +90,27 @@ class Worker:
             pass
 
     def call_soon(self, action: Callable[[], None]) -> None:
-        """Run `action` on the worker's thread; may be called from any thread."""
+        """Run `action` on the worker's thread; any thread. Nothing happens if the worker has ended."""
         with self._lock:
-            self._calls.append(action)
-        self._kick()
+            self._add_call(action)
 
     def call_at(self, deadline_ns: int, action: Callable[[], None]) -> Timer:
         """Run `action` once the clock's `now_ns` reaches `deadline_ns`; may be called from any thread."""
         timer = Timer(deadline_ns, action)
         with self._lock:
             heapq.heappush(self._timers, timer)
-        self._kick()
+            if len(self._timers) >= self._sweep_at:  # cancelled timers must not pile up until they are due
+                self._timers = [entry for entry in self._timers if entry.action is not None]
+                heapq.heapify(self._timers)
+                self._sweep_at = max(_SWEEP_MINIMUM, 2 * len(self._timers))
+            self._kick()
         return timer
 
     def run(self, action: Callable[[], T]) -> T:
-        """Run `action` on the worker's thread and return its result, or raise what it raised."""
+        """Run `action` on the worker's thread and return its result, or raise what it raised.
+
+        Waits while the worker is paused. Raises RuntimeError if the worker ends first.
+        """
         if threading.current_thread() is self._thread:
             return action()
         done = threading.Event()
@@ -111,38 +124,58 @@ class Worker:
                 error.append(exc)
             done.set()
 
-        self.call_soon(call)
+        with self._lock:
+            if self._wake >= 0:
+                self._waiting.add(done)
+                self._add_call(call)
+            else:
+                done.set()
         done.wait()
+        with self._lock:
+            self._waiting.discard(done)
         if error:
             raise error[0]
+        if not result:
+            raise RuntimeError(f"worker {self.name} has ended")
         return result[0]
 
     def pause(self) -> None:
-        """Stop calling anything; return once the current callback, if any, is over."""
+        """Stop calling anything; return once the current callback, if any, is over. Harmless the second time."""
         if threading.current_thread() is self._thread:
             raise RuntimeError(f"worker {self.name} cannot pause itself")
-        self._paused.clear()
-        self._go.clear()
-        self._kick()
-        if self._thread.is_alive():
-            self._paused.wait()
+        with self._changed:
+            self._held = True
+            self._kick()
+            while self._held and not self._parked:
+                self._changed.wait()
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        self._go.set()
+        with self._changed:
+            self._held = False
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """End the thread and close its files; from another thread, return once it has ended."""
-        self._stopping = True
-        self._go.set()
-        self._kick()
-        if threading.current_thread() is not self._thread and self._thread.is_alive():
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            self._kick()
+        if self._thread.ident is None:
+            self._close()
+        elif threading.current_thread() is not self._thread:
             self._thread.join()
 
+    # The lock is held in these two.
+
+    def _add_call(self, action: Callable[[], None]) -> None:
+        if self._wake >= 0:
+            self._calls.append(action)
+            self._kick()
+
     def _kick(self) -> None:
-        with self._lock:
-            if self._wake >= 0:  # the thread may have ended, and the number be another file's
-                os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:  # afterwards the number may be another file's
+            os.eventfd_write(self._wake, 1)
 
     def _timeout(self) -> float:
         with self._lock:
@@ -152,7 +185,7 @@ class Worker:
                 heapq.heappop(self._timers)
             if not self._timers:
                 return -1
-            return max(0, self._timers[0].deadline - self._clock.now_ns()) / 1e9
+            return min(max(0, self._timers[0].deadline - self._clock.now_ns()) / 1e9, _LONGEST_WAIT_S)
 
     def _due(self) -> list[Callable[[], None]]:
         with self._lock:
@@ -165,13 +198,9 @@ class Worker:
         return due
 
     def _main(self) -> None:
-        while not self._stopping:
-            if not self._go.is_set():
-                self._paused.set()
-                self._go.wait()
-                continue
+        while self._may_go_on():
             ready = self._epoll.poll(self._timeout())
-            if not self._go.is_set():
+            if self._held or self._stopping:
                 continue
             for action in self._due():
                 self._call(action)
@@ -186,10 +215,30 @@ class Worker:
                     continue
                 if callback is not None:
                     self._call(callback)
-        self._epoll.close()
-        with self._lock:
-            os.close(self._wake)
-            self._wake = -1
+        self._close()
+
+    def _may_go_on(self) -> bool:
+        if self._held or self._stopping or self._parked:
+            with self._changed:
+                while self._held and not self._stopping:
+                    self._parked = True
+                    self._changed.notify_all()
+                    self._changed.wait()
+                self._parked = False
+        return not self._stopping
+
+    def _close(self) -> None:
+        with self._changed:
+            if self._wake >= 0:
+                self._epoll.close()
+                os.close(self._wake)
+                self._wake = -1
+            self._calls.clear()
+            self._timers.clear()
+            self._parked = True
+            self._changed.notify_all()
+            for done in self._waiting:
+                done.set()
 
     def _call(self, action: Callable[[], None]) -> None:
         try:
