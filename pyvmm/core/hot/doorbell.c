@@ -64,8 +64,14 @@ int hot_doorbells_signal(DoorbellsObject *self, uint32_t connection_id, uint32_t
 static PyObject *doorbells_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
 {
 	DoorbellsObject *self = (DoorbellsObject *)type->tp_alloc(type, 0);
-	if (self)
-		pthread_rwlock_init(&self->lock, NULL);
+	if (self) {
+		// VPs that ring without a pause must not keep a connect or disconnect waiting for ever.
+		pthread_rwlockattr_t attributes;
+		pthread_rwlockattr_init(&attributes);
+		pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+		pthread_rwlock_init(&self->lock, &attributes);
+		pthread_rwlockattr_destroy(&attributes);
+	}
 	return (PyObject *)self;
 }
 
@@ -88,13 +94,13 @@ static PyObject *doorbells_connect(DoorbellsObject *self, PyObject *args)
 		return PyErr_NoMemory();
 	port->connection_id = connection_id;
 	port->eventfd = eventfd;
-	const char *trouble = NULL;
+	PyObject *trouble = NULL;
 	pthread_rwlock_wrlock(&self->lock);
 	unsigned position = find(self, connection_id);
-	if (self->count == MAX_PORTS) {
-		trouble = "too many event ports";
-	} else if (lookup(self, connection_id)) {
-		trouble = "event port is taken";
+	if (lookup(self, connection_id)) {
+		trouble = PyExc_ValueError;
+	} else if (self->count == MAX_PORTS) {
+		trouble = PyExc_RuntimeError;
 	} else {
 		memmove(&self->ports[position + 1], &self->ports[position],
 			(self->count - position) * sizeof(self->ports[0]));
@@ -104,7 +110,7 @@ static PyObject *doorbells_connect(DoorbellsObject *self, PyObject *args)
 	pthread_rwlock_unlock(&self->lock);
 	if (trouble) {
 		PyMem_RawFree(port);
-		PyErr_Format(PyExc_ValueError, "%s: connection id 0x%x", trouble, connection_id);
+		PyErr_Format(trouble, "connection id 0x%x is taken, or there are %d already", connection_id, MAX_PORTS);
 		return NULL;
 	}
 	Py_RETURN_NONE;
@@ -138,21 +144,30 @@ static PyObject *doorbells_signal(DoorbellsObject *self, PyObject *args)
 
 static PyObject *doorbells_inspect(DoorbellsObject *self, PyObject *Py_UNUSED(ignored))
 {
-	PyObject *result = PyDict_New();
-	if (!result)
-		return NULL;
+	struct {
+		uint32_t connection_id;
+		uint64_t signals;
+	} *ports = PyMem_RawMalloc(MAX_PORTS * sizeof(*ports));
+	if (!ports)
+		return PyErr_NoMemory();
+	// A copy, because the lock's holder must not wait for the GIL, as making objects may.
 	pthread_rwlock_rdlock(&self->lock);
-	bool failed = false;
-	for (unsigned i = 0; i < self->count && !failed; i++) {
-		PyObject *key = PyLong_FromUnsignedLong(self->ports[i]->connection_id);
-		PyObject *value = PyLong_FromUnsignedLongLong(atomic_load(&self->ports[i]->signals));
-		failed = !key || !value || PyDict_SetItem(result, key, value) < 0;
+	unsigned count = self->count;
+	for (unsigned i = 0; i < count; i++) {
+		ports[i].connection_id = self->ports[i]->connection_id;
+		ports[i].signals = atomic_load_explicit(&self->ports[i]->signals, memory_order_relaxed);
+	}
+	pthread_rwlock_unlock(&self->lock);
+	PyObject *result = PyDict_New();
+	for (unsigned i = 0; result && i < count; i++) {
+		PyObject *key = PyLong_FromUnsignedLong(ports[i].connection_id);
+		PyObject *value = PyLong_FromUnsignedLongLong(ports[i].signals);
+		if (!key || !value || PyDict_SetItem(result, key, value) < 0)
+			Py_CLEAR(result);
 		Py_XDECREF(key);
 		Py_XDECREF(value);
 	}
-	pthread_rwlock_unlock(&self->lock);
-	if (failed)
-		Py_CLEAR(result);
+	PyMem_RawFree(ports);
 	return result;
 }
 

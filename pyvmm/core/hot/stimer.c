@@ -22,15 +22,17 @@ static unsigned config_sint(uint64_t config)
 	return config >> 16 & 0xf;
 }
 
+static uint64_t after(uint64_t time, uint64_t count)
+{
+	return time + count < time ? UINT64_MAX : time + count;
+}
+
 static void arm(struct stimer *timer, uint64_t now)
 {
 	timer->due = 0;
 	if (!(timer->config & CONFIG_ENABLE) || !timer->count)
 		return;
-	if (timer->config & CONFIG_PERIODIC)
-		timer->due = now + timer->count < now ? UINT64_MAX : now + timer->count;
-	else
-		timer->due = timer->count;
+	timer->due = timer->config & CONFIG_PERIODIC ? after(now, timer->count) : timer->count;
 }
 
 uint64_t stimer_read(const SynICObject *self, unsigned reg)
@@ -90,8 +92,7 @@ uint64_t stimers_scan(SynICObject *self, uint64_t now)
 				continue; // the guest's next EOM or SynIC access brings another scan
 			if (timer->config & CONFIG_PERIODIC) {
 				// Ticks that nobody could take are not made up for, but the phase stays.
-				uint64_t missed = (now - timer->due) / timer->count;
-				timer->due += (missed + 1) * timer->count;
+				timer->due = after(now - (now - timer->due) % timer->count, timer->count);
 			} else {
 				timer->config &= ~CONFIG_ENABLE;
 				timer->due = 0;

@@ -1,4 +1,4 @@
-// What synic.c and stimer.c share.
+// What synic.c, stimer.c and synic_object.c share.
 
 #ifndef PYVMM_SYNIC_H
 #define PYVMM_SYNIC_H
@@ -65,7 +65,12 @@ enum delivery {
 
 enum delivery synic_deliver(SynICObject *synic, unsigned sint, uint32_t type, uint64_t sender, const void *payload,
 			    uint8_t size);
+// False if the queue is full.
+bool synic_enqueue(SynICObject *synic, unsigned sint, uint32_t type, const void *payload, uint8_t size);
 bool synic_queue_waits(const SynICObject *synic, unsigned sint);
+// False if the SynIC, the event flags page or the SINT is off.
+bool synic_set_event_flag(SynICObject *synic, unsigned sint, unsigned flag);
+void synic_power_on(SynICObject *synic);
 void synic_interrupt(SynICObject *synic, uint8_t vector);
 
 // `reg` counts MSRs from STIMER0_CONFIG: even numbers are CONFIG, odd ones COUNT.
@@ -73,7 +78,9 @@ uint64_t stimer_read(const SynICObject *synic, unsigned reg);
 bool stimer_write(SynICObject *synic, unsigned reg, uint64_t value, uint64_t now);
 uint64_t stimers_scan(SynICObject *synic, uint64_t now);
 
-// These want the GIL and no lock.
+// These want the GIL or nothing, and no lock.
+
+bool synic_sint_valid(uint64_t value);
 PyObject *stimers_save(const struct stimer *timers);
 bool stimers_parse(PyObject *saved, struct stimer *timers);
 

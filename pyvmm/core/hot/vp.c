@@ -55,9 +55,8 @@ struct VpObject {
 	bool running;
 	pthread_t thread;
 
-	pid_t timer_thread; // whom the timer interrupts; 0 while there is no timer
-	timer_t timer;
-	uint64_t timer_deadline;
+	timer_t timer; // exists while the VP runs
+	_Atomic uint64_t timer_deadline; // 0 while it is not armed
 
 	uint8_t msr_offered[SYNTHETIC_MSR_COUNT / 8];
 	char hypercalls_enabled;
@@ -77,11 +76,15 @@ static _Thread_local VpObject *current_vp;
 // Leaving the guest ----------------------------------------------------------------------------------
 
 // Runs on the VP's own thread. immediate_exit closes the gap between the loop's last look at the requests and KVM_RUN.
-static void on_kick(int signal)
+static void on_kick(int signal, siginfo_t *info, void *context)
 {
 	(void)signal;
+	(void)context;
 	VpObject *self = current_vp;
 	if (self) {
+		// The host's clock may run ahead of the TSC: a timer that fires too early is armed anew.
+		if (info->si_code == SI_TIMER)
+			atomic_store(&self->timer_deadline, 0);
 		atomic_store(&self->scan_requested, true);
 		self->run->immediate_exit = 1;
 	}
@@ -89,7 +92,7 @@ static void on_kick(int signal)
 
 bool hot_vp_install_kick(void)
 {
-	struct sigaction action = {.sa_handler = on_kick, .sa_flags = SA_RESTART};
+	struct sigaction action = {.sa_sigaction = on_kick, .sa_flags = SA_RESTART | SA_SIGINFO};
 	return sigaction(KICK_SIGNAL, &action, NULL) == 0;
 }
 
@@ -109,35 +112,21 @@ void hot_vp_request_scan(VpObject *self)
 
 // Synthetic timers -------------------------------------------------------------------------------------
 
-static void delete_timer(VpObject *self)
-{
-	if (self->timer_thread)
-		timer_delete(self->timer);
-	self->timer_thread = 0;
-	self->timer_deadline = 0;
-}
-
 static bool make_timer(VpObject *self)
 {
-	pid_t thread = (pid_t)syscall(SYS_gettid);
-	if (self->timer_thread == thread)
-		return true;
-	delete_timer(self);
 	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL};
-	event._sigev_un._tid = thread;
-	if (timer_create(CLOCK_MONOTONIC, &event, &self->timer) < 0)
-		return false;
-	self->timer_thread = thread;
-	return true;
+	event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+	atomic_store(&self->timer_deadline, 0);
+	return timer_create(CLOCK_MONOTONIC, &event, &self->timer) == 0;
 }
 
 static void scan(VpObject *self)
 {
 	uint64_t now = hot_reference_now(self->reference);
 	uint64_t deadline = hot_synic_scan(self->synic, now);
-	if (deadline == self->timer_deadline && deadline > now)
+	if (deadline == atomic_load(&self->timer_deadline))
 		return;
-	self->timer_deadline = deadline;
+	atomic_store(&self->timer_deadline, deadline);
 	struct itimerspec spec = {0};
 	if (deadline) {
 		uint64_t wait = deadline > now ? deadline - now : 1; // 100 ns
@@ -321,7 +310,7 @@ static bool on_msr(VpObject *self, struct gil *gil, bool write)
 		if (!handled && write) {
 			PyObject *result = call(self->hypervisor, "write_msr", "(IIK)", self->index, index, value);
 			valid = result && PyObject_IsTrue(result) == 1;
-			ok = call_done(result);
+			ok = call_done(result) && !PyErr_Occurred();
 		} else if (!handled) {
 			PyObject *result = call(self->hypervisor, "read_msr", "(II)", self->index, index);
 			valid = result && result != Py_None;
@@ -378,21 +367,27 @@ static enum outcome step(VpObject *self, struct gil *gil)
 	}
 }
 
-// Finishes the instruction whose exit was answered last, so that the registers are those after it.
-static void complete_exit(VpObject *self)
+// A kick may come as soon as `running` is seen, so `current_vp` is set before and cleared after.
+static void enter(VpObject *self)
 {
-	self->run->immediate_exit = 1;
-	ioctl(self->fd, KVM_RUN, 0);
-	self->run->immediate_exit = 0;
-}
-
-static void set_running(VpObject *self, bool running)
-{
+	sigset_t kick_only;
+	sigemptyset(&kick_only);
+	sigaddset(&kick_only, KICK_SIGNAL);
+	pthread_sigmask(SIG_UNBLOCK, &kick_only, NULL); // whoever started this process may have blocked it
+	current_vp = self;
 	pthread_mutex_lock(&self->thread_lock);
-	self->running = running;
+	self->running = true;
 	self->thread = pthread_self();
 	pthread_mutex_unlock(&self->thread_lock);
-	current_vp = running ? self : NULL;
+}
+
+static void leave(VpObject *self)
+{
+	pthread_mutex_lock(&self->thread_lock);
+	self->running = false;
+	pthread_mutex_unlock(&self->thread_lock);
+	timer_delete(self->timer);
+	current_vp = NULL;
 }
 
 static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
@@ -403,27 +398,32 @@ static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
 	}
 	if (!make_timer(self))
 		return PyErr_SetFromErrno(PyExc_OSError);
-	set_running(self, true);
+	enter(self);
 	atomic_store(&self->scan_requested, true);
 	enum outcome outcome = GO_ON;
 	uint32_t reason = KVM_EXIT_INTR;
+	bool stopping = false;
 	struct gil gil = {.saved = PyEval_SaveThread()};
 	while (outcome == GO_ON) {
-		self->run->immediate_exit = 0;
+		self->run->immediate_exit = stopping;
 		atomic_thread_fence(memory_order_seq_cst);
 		if (atomic_exchange(&self->stop_requested, false)) {
-			complete_exit(self);
-			break;
+			// The instruction whose exit was answered last is only finished by another KVM_RUN, which may exit
+			// for its next part: go on until KVM would enter the guest.
+			stopping = true;
+			self->run->immediate_exit = 1;
 		}
 		outcome = step(self, &gil);
+		if (stopping && self->run->exit_reason == KVM_EXIT_INTR)
+			break;
 	}
 	int number = errno;
 	PyEval_RestoreThread(gil.saved);
-	set_running(self, false);
+	leave(self);
 	if (outcome == FAILED) {
 		if (!PyErr_Occurred()) {
 			errno = number;
-			PyErr_SetFromErrno(PyExc_OSError);
+			PyErr_SetFromErrnoWithFilename(PyExc_OSError, "KVM_RUN");
 		}
 		return NULL;
 	}
@@ -434,27 +434,30 @@ static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
 
 // The rest of the object ----------------------------------------------------------------------------------------
 
-static int vp_init(VpObject *self, PyObject *args, PyObject *Py_UNUSED(kwargs))
+static PyObject *vp_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
 	int fd;
 	unsigned index;
 	PyObject *run_map, *memory, *synic, *doorbells, *reference, *pio, *mmio, *hypervisor;
-	if (self->run) {
-		PyErr_SetString(PyExc_RuntimeError, "a VP is initialised once");
-		return -1;
-	}
+	Py_buffer run_buffer;
 	if (!PyArg_ParseTuple(args, "iIOO!O!O!O!OOO:Vp", &fd, &index, &run_map, &Memory_Type, &memory, &SynIC_Type,
 			      &synic, &Doorbells_Type, &doorbells, &ReferenceTime_Type, &reference, &pio, &mmio,
 			      &hypervisor))
-		return -1;
-	if (PyObject_GetBuffer(run_map, &self->run_buffer, PyBUF_WRITABLE) < 0)
-		return -1;
-	if ((size_t)self->run_buffer.len < sizeof(struct kvm_run)) {
-		PyBuffer_Release(&self->run_buffer);
+		return NULL;
+	if (PyObject_GetBuffer(run_map, &run_buffer, PyBUF_WRITABLE) < 0)
+		return NULL;
+	if ((size_t)run_buffer.len < sizeof(struct kvm_run)) {
+		PyBuffer_Release(&run_buffer);
 		PyErr_SetString(PyExc_ValueError, "the run page is too small");
-		return -1;
+		return NULL;
 	}
-	self->run = self->run_buffer.buf;
+	VpObject *self = (VpObject *)type->tp_alloc(type, 0);
+	if (!self) {
+		PyBuffer_Release(&run_buffer);
+		return NULL;
+	}
+	self->run_buffer = run_buffer;
+	self->run = run_buffer.buf;
 	self->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
 	self->fd = fd;
 	self->index = index;
@@ -467,7 +470,7 @@ static int vp_init(VpObject *self, PyObject *args, PyObject *Py_UNUSED(kwargs))
 	self->hypervisor = Py_NewRef(hypervisor);
 	pthread_mutex_init(&self->thread_lock, NULL);
 	hot_synic_attach(self->synic, self);
-	return 0;
+	return (PyObject *)self;
 }
 
 static int vp_traverse(VpObject *self, visitproc visit, void *arg)
@@ -489,17 +492,14 @@ static int vp_clear(VpObject *self)
 static void vp_dealloc(VpObject *self)
 {
 	PyObject_GC_UnTrack(self);
-	if (self->run) {
-		hot_synic_attach(self->synic, NULL);
-		delete_timer(self);
-		PyBuffer_Release(&self->run_buffer);
-		pthread_mutex_destroy(&self->thread_lock);
-	}
+	hot_synic_attach(self->synic, NULL);
+	PyBuffer_Release(&self->run_buffer);
+	pthread_mutex_destroy(&self->thread_lock);
 	vp_clear(self);
-	Py_XDECREF(self->memory);
-	Py_XDECREF(self->synic);
-	Py_XDECREF(self->doorbells);
-	Py_XDECREF(self->reference);
+	Py_DECREF(self->memory);
+	Py_DECREF(self->synic);
+	Py_DECREF(self->doorbells);
+	Py_DECREF(self->reference);
 	Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -558,8 +558,6 @@ static PyMethodDef vp_methods[] = {
 	{0},
 };
 
-
-
 static PyMemberDef vp_members[] = {
 	{"hypercalls_enabled", T_BOOL, offsetof(VpObject, hypercalls_enabled), 0, NULL},
 	{"signal_event_offered", T_BOOL, offsetof(VpObject, signal_event_offered), 0, NULL},
@@ -573,8 +571,7 @@ PyTypeObject Vp_Type = {
 	.tp_name = "pyvmm.core._hot.Vp",
 	.tp_basicsize = sizeof(VpObject),
 	.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-	.tp_new = PyType_GenericNew,
-	.tp_init = (initproc)vp_init,
+	.tp_new = vp_new,
 	.tp_traverse = (traverseproc)vp_traverse,
 	.tp_clear = (inquiry)vp_clear,
 	.tp_dealloc = (destructor)vp_dealloc,
