@@ -9,7 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from guests.packages import RecipeError, cache_dir
@@ -77,14 +77,17 @@ def add_busybox(archive: Archive, without: Collection[str] = ()) -> None:
             archive.link(f"bin/{name}", "busybox")
 
 
-def add_program(archive: Archive, name: str, program: str) -> None:
-    """Add the host's `program` as `name`, with the shared libraries it needs at their own paths."""
-    path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if path is None:
-        raise RecipeError(f"{program} is missing; `make setup` installs it")
-    archive.add(name, Path(path))
-    listing = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout
-    for library in re.findall(r"(/\S+) \(0x", listing):
+def add_programs(archive: Archive, programs: Mapping[str, str]) -> None:
+    """Add the host's programs, by their names in the archive, with the shared libraries they need at their own paths."""
+    libraries: set[str] = set()
+    for name, program in programs.items():
+        path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if path is None:
+            raise RecipeError(f"{program} is missing; `make setup` installs it")
+        archive.add(name, Path(path))
+        listing = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout
+        libraries.update(re.findall(r"(/\S+) \(0x", listing))
+    for library in sorted(libraries):
         archive.add(library.lstrip("/"), Path(library).resolve())
 
 

@@ -50,17 +50,19 @@ def build(
     flavour: str = "cloud",
     files: Mapping[str, Path | bytes] | None = None,
     extra_modules: Sequence[str] = (),
+    programs: Sequence[str] = (),
 ) -> Images:
     """Return a guest that runs `script` (its text or its file; when empty, an interactive shell).
 
     `flavour` is ``cloud`` or ``generic``. `files` are added to the initramfs under their names, executable.
-    `extra_modules` are loaded after the Hyper-V drivers. Raises packages.RecipeError; KeyError for an unknown flavour.
+    `extra_modules` are loaded after the Hyper-V drivers. `programs` are the host's, put in with their libraries in place of
+    busybox's. Raises packages.RecipeError; KeyError for an unknown flavour.
     """
     meta_package, modules = _FLAVOURS[flavour]
     kernel = packages.kernel(meta_package)
     archive = initramfs.Archive()
-    initramfs.add_busybox(archive, without=("mke2fs", "poweroff", "reboot"))
-    initramfs.add_program(archive, "sbin/mke2fs", "mke2fs")
+    initramfs.add_busybox(archive, without=("mke2fs", "poweroff", "reboot", *programs))
+    initramfs.add_programs(archive, {"sbin/mke2fs": "mke2fs", **{f"bin/{program}": program for program in programs}})
     archive.link("sbin/mkfs.ext4", "mke2fs")
     archive.add("etc/mke2fs.conf", Path("/etc/mke2fs.conf"), 0o644)
     initramfs.add_modules(archive, kernel.modules, [*modules, *extra_modules])

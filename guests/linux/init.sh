@@ -8,7 +8,15 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /run
 export PATH=/sbin:/bin HOME=/
 # Off Hyper-V hv_vmbus refuses to load, and so do the drivers above it; that is for the script to judge.
-while read -r module; do insmod "/modules/$module"; done </modules/order 2>/dev/null
+# As modprobe does, MODULE.PARAMETER=VALUE on the kernel's command line is for that module.
+read -r cmdline </proc/cmdline
+while read -r module; do
+    name=${module##*/} parameters=
+    for word in $cmdline; do
+        case $word in "${name%.ko}".*) parameters="$parameters ${word#*.}" ;; esac
+    done
+    insmod "/modules/$module" $parameters
+done </modules/order 2>/dev/null
 if [ -e /script ]; then
     sh /script
 else

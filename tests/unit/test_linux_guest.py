@@ -64,7 +64,7 @@ def test_archive_refuses_a_name_twice() -> None:
 
 def test_program_comes_with_its_libraries() -> None:
     archive = initramfs.Archive()
-    initramfs.add_program(archive, "sbin/mke2fs", "mke2fs")
+    initramfs.add_programs(archive, {"sbin/mke2fs": "mke2fs"})
     data = archive.to_bytes()
     assert b"sbin/mke2fs\0" in data
     assert b"libc.so.6\0" in data
