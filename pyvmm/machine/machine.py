@@ -204,11 +204,11 @@ class Machine:
 
     def _post(self, event: Outcome) -> None:
         """Tell the owner of the life cycle, and keep the guest from going on meanwhile."""
-        with self._condition:
+        with self._condition:  # one step, so that no `_release` comes between the event and the halt
             self._events.append(event)
+            for processor in self.processors:
+                processor.halt()
             self._condition.notify_all()
-        for processor in self.processors:
-            processor.halt()
 
     def _on_guest_reset(self) -> None:
         self._post(Outcome("reset", EXIT_RESET))
@@ -280,9 +280,9 @@ class Machine:
         for processor in self.processors:
             processor.start()
         self._console.start(self.board.uart.receive)
-        self._state = "running"
-        for processor in self.processors:
-            processor.release()
+        with self._lifecycle:
+            self._state = "running"
+            self._release()
         deadline = None
         if self.config.timeout is not None:
             deadline = self._clock.now_ns() + int(self.config.timeout * 1e9)
@@ -291,7 +291,7 @@ class Machine:
             if event.kind == "reset" and (self.config.reboot or event.exit_code != EXIT_RESET):
                 try:
                     self._reset()
-                except (BootError, KvmError) as error:
+                except (BootError, KvmError, OSError) as error:
                     event = Outcome("crash", EXIT_CRASH, f"cannot start again: {error}")
                 else:
                     continue
@@ -299,16 +299,16 @@ class Machine:
             return event
 
     def _next_event(self, deadline: int | None) -> Outcome:
+        """Wait for an event. It stays in the list until it has been dealt with: the VPs are not released before."""
         with self._condition:
-            while not self._events:
-                if deadline is None:
-                    self._condition.wait()
-                else:
-                    left = deadline - self._clock.now_ns()
-                    if left <= 0:
-                        return Outcome("timeout", EXIT_TIMEOUT, f"stopped after {self.config.timeout:g} s")
-                    self._condition.wait(left / 1e9)
-            return self._events.pop(0)
+            while not self._events or self._events[0].kind == "reset":
+                left = None if deadline is None else (deadline - self._clock.now_ns()) / 1e9
+                if left is not None and left <= 0:  # also for a guest that resets without end
+                    return Outcome("timeout", EXIT_TIMEOUT, f"stopped after {self.config.timeout:g} s")
+                if self._events:
+                    break
+                self._condition.wait(left)
+            return self._events[0]
 
     def _halt(self) -> None:
         for processor in self.processors:
@@ -317,16 +317,16 @@ class Machine:
             processor.wait_parked()
 
     def _release(self) -> None:
-        for processor in self.processors:
-            processor.release()
+        with self._condition:
+            if not self._events:
+                for processor in self.processors:
+                    processor.release()
 
     def _reset(self) -> None:
         with self._lifecycle:
             self._halt()
             with self._condition:
                 self._events = [event for event in self._events if event.kind != "reset"]
-            if self._state == "paused":
-                self._resume_devices()
             self.board.reset()
             if self._synthetic is not None:
                 self._synthetic.reset()
@@ -336,8 +336,8 @@ class Machine:
                 processor.vp.set_state(state)
             self._entry = self._load()
             entry_registers(self.processors[0].vp, self._entry)
-            self._state = "running"
-            self._release()
+            if self._state == "running":  # a paused VM starts again when it is resumed
+                self._release()
 
     def _pause_devices(self) -> None:
         self.board.pause()

@@ -41,9 +41,9 @@ class Processor:
         self.hot = hot
         self._on_exit = on_exit
         self._on_error = on_error
-        self._go = threading.Event()
-        self._parked = threading.Event()
-        self._parked.set()
+        self._changed = threading.Condition()  # guards and tells of the three below
+        self._go = False
+        self._parked = True
         self._ending = False
         self._thread = threading.Thread(target=self._main, name=f"vp{vp.index}", daemon=True)
 
@@ -53,42 +53,55 @@ class Processor:
 
     def release(self) -> None:
         """Let the guest run."""
-        self._parked.clear()
-        self._go.set()
+        with self._changed:
+            self._go = True
+            self._changed.notify_all()
 
     def halt(self) -> None:
         """Make the guest stop soon; any thread, also the VP's own."""
-        self._go.clear()
+        with self._changed:
+            self._go = False
         self.hot.stop()
 
     def wait_parked(self) -> None:
         """Return once the thread is out of the guest and of every device. Never on the VP's own thread."""
-        self._parked.wait()
+        with self._changed:
+            while not self._parked:
+                self._changed.wait()
 
     def end(self) -> None:
         """End the thread."""
-        self._ending = True
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
         self.halt()
-        self._go.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join()
 
     def _main(self) -> None:
-        while True:
-            if not self._go.is_set():
-                self._parked.set()
-                self._go.wait()
-            if self._ending:
-                break
+        while self._may_run():
             try:
                 reason = self.hot.run()
+                if reason != abi.EXIT_INTR:
+                    self._forbid()
+                    self._on_exit(self, reason)
             except BaseException as error:  # noqa: BLE001 - handed to the machine
-                self._go.clear()
+                self._forbid()
                 self._on_error(self, error)
-                continue
-            if reason != abi.EXIT_INTR:
-                self._go.clear()
-                self._on_exit(self, reason)
+
+    def _may_run(self) -> bool:
+        with self._changed:
+            while not self._go and not self._ending:
+                self._parked = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._parked = self._ending
+            self._changed.notify_all()
+            return not self._ending
+
+    def _forbid(self) -> None:
+        with self._changed:
+            self._go = False
 
 
 def entry_registers(vp: Vp, entry: EntryState) -> None:
