@@ -348,10 +348,12 @@ class VmBus(Device, Actions):
             vsp.reset()
 
     def pause(self) -> None:
-        """Stop the control plane, then the rings, the devices, and their threads."""
+        """Stop the control plane, then the rings, the devices, and their threads. Harmless the second time."""
+        if self._paused:
+            return
         self._worker.pause()
         for channel in self._channels.values():
-            channel.worker.run(channel.suspend)
+            channel.suspend()
         for vsp in self._devices.values():
             vsp.pause()
             for worker in vsp.workers:

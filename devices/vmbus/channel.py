@@ -73,6 +73,7 @@ class Channel:
         self._clock = clock
         self._poll_for_space = poll_for_space
         self._lock = threading.Lock()
+        self._serving = threading.Lock()
         self._pending: deque[Packet] = deque()
         self._open = True
         self._held = False
@@ -164,8 +165,10 @@ class Channel:
         os.close(self.doorbell)
 
     def suspend(self) -> None:
-        """Take nothing more off the ring until `resume`. Runs on the channel's worker."""
+        """Take nothing more off the ring until `resume`; return once the device has what was taken."""
         self._suspended = True
+        with self._serving:
+            pass
 
     def resume(self) -> None:
         """Go on after `suspend`."""
@@ -234,7 +237,11 @@ class Channel:
         return True
 
     def _service(self) -> None:
-        """Move packets until there are none, or room, or patience is gone."""
+        with self._serving:
+            self._move_packets()
+
+    def _move_packets(self) -> None:
+        """Move packets until there are none, or there is no room, or others want their turn."""
         try:
             for _ in range(BATCHES):
                 with self._lock:

@@ -28,6 +28,7 @@ class GuestRing:
     """A ring on `pages`; use it as writer or as reader. Indices can be set to anything, as hostile guests do."""
 
     def __init__(self, memory: GuestMemory, pages: Sequence[int]) -> None:
+        self.numbers = tuple(pages)
         self._pages = [memory.view(page * PAGE_SIZE, PAGE_SIZE, write=True) for page in pages]
         self.size = (len(pages) - 1) * PAGE_SIZE
 

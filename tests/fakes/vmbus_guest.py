@@ -86,7 +86,8 @@ class FakePorts(Ports):
         self.event_ports[connection_id] = eventfd
 
     def disconnect_event_port(self, connection_id: int) -> None:
-        del self.event_ports[connection_id]
+        with self.changed:
+            del self.event_ports[connection_id]
 
     def set_message_space_event(self, eventfd: int) -> None:
         self._space_event = eventfd
@@ -138,10 +139,11 @@ class FakePorts(Ports):
 
     def hv_signal_event(self, connection_id: int) -> bool:
         """HvSignalEvent; False where it returns an error."""
-        eventfd = self.event_ports.get(connection_id)
-        if eventfd is None:
-            return False
-        os.eventfd_write(eventfd, 1)
+        with self.changed:
+            eventfd = self.event_ports.get(connection_id)
+            if eventfd is None:
+                return False
+            os.eventfd_write(eventfd, 1)
         return True
 
     def hv_post_message(self, connection_id: int, payload: bytes, message_type: int = 1) -> bool | None:

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from tests.fakes import vmbus_guest as vg
-from tests.fakes.vmbus_host import EchoVsp, Rig, ShoutVsp, rigs
+from tests.fakes.vmbus_host import EchoVsp, Rig, ShoutVsp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ VERSIONS = (0xD, 0x10001, 0x20004, 0x30000, 0x40000, 0x40001, 0x50000, 0x50001, 
 
 @pytest.fixture(name="rig")
 def make_rig() -> Iterator[Rig]:
-    yield from rigs(EchoVsp())
+    with Rig(EchoVsp()) as rig:
+        yield rig
 
 
 def echo(rig: Rig) -> EchoVsp:
@@ -51,7 +52,7 @@ def test_an_unknown_version_is_refused_with_zeros_and_the_next_one_taken(rig: Ri
 
 
 def test_a_maximum_version_makes_the_guest_go_down() -> None:
-    for rig in rigs(EchoVsp(), max_version=vg.V4_0):
+    with Rig(EchoVsp(), max_version=vg.V4_0) as rig:
         assert [rig.guest.contact(version)[0] for version in reversed(VERSIONS[:7])] == [0, 0, 1, 1, 1, 1, 1]
 
 
@@ -63,7 +64,7 @@ def test_the_answer_holds_the_version_or_from_5_0_on_the_connection_to_post_to(
 
 
 def test_a_5_3_guest_may_use_connection_1() -> None:
-    for rig in rigs(EchoVsp()):
+    with Rig(EchoVsp()) as rig:
         rig.guest.post_connection = 1
         rig.guest.post(vg.INITIATE_CONTACT, struct.pack("<IIQQQ", vg.V5_3, 0, 2, 0, 0))
         assert struct.unpack("<BBHI", rig.guest.expect(vg.VERSION_RESPONSE)) == (1, 0, 0, 1)
@@ -108,7 +109,7 @@ def test_a_second_contact_closes_everything_and_starts_again(rig: Rig) -> None:
 def test_offers_are_sorted_and_numbered_the_same_at_every_connection() -> None:
     devices = [EchoVsp("echo0", 9), ShoutVsp("shout"), EchoVsp("echo1", 3), EchoVsp("first", 7)]
     devices[0].offer_order = 1
-    for rig in rigs(*devices):
+    with Rig(*devices) as rig:
         offers = rig.guest.connect()
         assert [offer.instance_id for offer in offers] == [UUID(int=0x5408), *(UUID(int=n) for n in (3, 7, 9))]
         assert [offer.channel_id for offer in offers] == [1, 2, 3, 4]
@@ -278,13 +279,12 @@ def test_asking_again_for_sub_channels_offers_only_the_missing_ones(rig: Rig) ->
 
 
 def test_more_sub_channels_than_the_device_has_is_a_bug_of_the_device() -> None:
-    for rig in rigs(EchoVsp()):
-        with pytest.raises(ValueError, match="9 sub-channels of at most 8"):
-            echo(rig).request_subchannels(9)
+    with Rig(EchoVsp()) as rig, pytest.raises(ValueError, match="9 sub-channels of at most 8"):
+        echo(rig).request_subchannels(9)
 
 
 def test_a_pipe_device_sends_and_receives_whole_messages() -> None:
-    for rig in rigs(ShoutVsp("shout")):
+    with Rig(ShoutVsp("shout")) as rig:
         (offer,) = rig.guest.connect()
         channel = rig.guest.open(offer)
         assert channel.receive() == [(6, 0, 0, b"", struct.pack("<II", 1, 5) + b"hello\0\0\0")]
