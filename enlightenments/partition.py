@@ -81,7 +81,18 @@ class OverlayPage:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The page itself is in guest memory, which is restored apart."""
-        self.gpa, self._beneath = state["gpa"], state["beneath"]
+        gpa, beneath = state["gpa"], state["beneath"]
+        if gpa is not None and len(beneath) != PAGE_SIZE:
+            raise ValueError("what is beneath an overlay page is not a page")
+        if gpa is not None:
+            self._memory.view(gpa, PAGE_SIZE, write=True)
+        self.gpa, self._beneath = gpa, beneath
+
+
+def _saved_u64(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{value!r} is no MSR value")
+    return value
 
 
 class Partition(Ports):
@@ -196,17 +207,23 @@ class Partition(Ports):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `save` returned; raises ValueError."""
-        if state.get("version") != 1 or len(state["synics"]) != len(self.synics):
-            raise ValueError("saved hypervisor state is not one of version 1 with as many VPs")
-        self._guest_os_id = state["guest_os_id"]
-        self._hypercall_msr = state["hypercall"]
-        self._reference_msr = state["reference_tsc"]
-        self._assist = list(state["assist"])
-        self._crash = list(state["crash"])
-        self._hypercall_page.restore(state["hypercall_page"])
-        self._reference_page.restore(state["reference_page"])
-        for synic, saved in zip(self.synics, state["synics"], strict=True):
-            synic.restore(saved)
+        try:
+            if state["version"] != 1 or any(len(state[key]) != self.vp_count for key in ("synics", "assist")):
+                raise ValueError("not of version 1 with as many VPs")
+            self._guest_os_id, self._hypercall_msr, self._reference_msr, *crash = (
+                _saved_u64(value)
+                for value in (state["guest_os_id"], state["hypercall"], state["reference_tsc"], *state["crash"])
+            )
+            if len(crash) != 5:
+                raise ValueError("not five crash parameters")
+            self._crash = crash
+            self._assist = [_saved_u64(value) for value in state["assist"]]
+            self._hypercall_page.restore(state["hypercall_page"])
+            self._reference_page.restore(state["reference_page"])
+            for synic, saved in zip(self.synics, state["synics"], strict=True):
+                synic.restore(saved)
+        except (ValueError, KeyError, TypeError, GuestMemoryError) as error:
+            raise ValueError(f"saved hypervisor state does not fit: {error}") from error
         self._show_hypercalls()
 
     def inspect(self) -> dict[str, Any]:
@@ -330,7 +347,8 @@ class Partition(Ports):
             if value & _CRASH_MESSAGE:
                 gpa, length = self._crash[3], min(self._crash[4], PAGE_SIZE)
                 try:
-                    message = self._memory.read(gpa, length).rstrip(b"\0").decode("utf-8", "replace")
+                    text = self._memory.read(gpa, length).rstrip(b"\0").decode("utf-8", "replace")
+                    message = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
                 except GuestMemoryError as error:
                     message = f"(its message cannot be read: {error})"
             self._on_crash(list(self._crash), message)

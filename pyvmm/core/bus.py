@@ -76,5 +76,5 @@ class Bus:
         """The ranges, lowest first, and what was touched outside them."""
         return {
             "ranges": [{"base": base, "length": length, "name": name} for base, length, _, name in self._ranges],
-            "unclaimed": {f"{address:#x}": count for address, count in self.unclaimed.items()},
+            "unclaimed": {f"{address:#x}": count for address, count in self.unclaimed.copy().items()},
         }

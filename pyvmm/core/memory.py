@@ -58,25 +58,31 @@ class GuestMemory:
         self.regions: list[Region] = []
         #: The same regions for C code.
         self.hot = _hot.Memory()
-        self._fd = os.memfd_create("pyvmm-ram", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
-        low = min(size, HOLE_START)
-        self._map(0, low, 0, huge_pages)
-        if size > low:
-            self._map(HOLE_END, size - low, low, huge_pages)
+        fd = os.memfd_create("pyvmm-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            low = min(size, HOLE_START)
+            self._map(fd, 0, low, 0, huge_pages)
+            if size > low:
+                self._map(fd, HOLE_END, size - low, low, huge_pages)
+        finally:
+            os.close(fd)  # the mappings live on
 
-    def _map(self, gpa: int, length: int, offset: int, huge_pages: bool) -> None:
-        mapping = mmap.mmap(self._fd, length, mmap.MAP_SHARED | _MAP_NORESERVE, offset=offset)
+    def _map(self, fd: int, gpa: int, length: int, offset: int, huge_pages: bool) -> None:
+        mapping = mmap.mmap(fd, length, mmap.MAP_SHARED | _MAP_NORESERVE, offset=offset)
         if huge_pages:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._add(Region(gpa, mapping, False))
 
     def _add(self, region: Region) -> None:
-        self.regions.append(region)
         self.hot.add(region.gpa, region.map, region.readonly)
+        self.regions.append(region)
 
     def add_rom(self, gpa: int, image: bytes) -> Region:
-        """Map `image` read-only for the guest at page-aligned `gpa`; its length is a multiple of the page size."""
+        """Map `image` read-only for the guest at page-aligned `gpa`; its length is a multiple of the page size.
+
+        Raises ValueError if it is not, or if something is there already.
+        """
         if gpa % PAGE_SIZE or len(image) % PAGE_SIZE or not image:
             raise ValueError(f"a ROM of {len(image)} bytes at {gpa:#x} is not made of whole pages")
         mapping = mmap.mmap(-1, len(image), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

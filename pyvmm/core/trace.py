@@ -46,7 +46,7 @@ class Tracer:
     def line(self, category: str, text: str) -> None:
         """Write one line, stamped with the seconds since the tracer was made."""
         seconds = (self._clock.now_ns() - self._start) / 1e9
-        (self._stream or sys.stderr).write(f"[{seconds:11.6f}] {category}: {text}\n")
+        _write(self._stream, f"[{seconds:11.6f}] {category}: {text}\n")
 
 
 class GuestLog:
@@ -65,6 +65,8 @@ class GuestLog:
         self._period_ns = period_ns
         self._window = self._clock.now_ns()
         self._written = 0
+        self._told = 0  # of the dropped ones
+        #: Notes dropped so far.
         self.dropped = 0
 
     def warn(self, source: str, text: str) -> None:
@@ -72,8 +74,18 @@ class GuestLog:
         now = self._clock.now_ns()
         if now - self._window >= self._period_ns:
             self._window, self._written = now, 0
+            if self.dropped > self._told:
+                _write(self._stream, f"pyvmm: {self.dropped - self._told} notes like the ones above were dropped\n")
+                self._told = self.dropped
         if self._written >= self._burst:
             self.dropped += 1
             return
         self._written += 1
-        (self._stream or sys.stderr).write(f"pyvmm: {source}: {text}\n")
+        _write(self._stream, f"pyvmm: {source}: {text}\n")
+
+
+def _write(stream: TextIO | None, line: str) -> None:
+    try:
+        (stream or sys.stderr).write(line)
+    except (OSError, ValueError):  # nobody reads it any more, which must not end the guest
+        pass

@@ -45,6 +45,8 @@ def diagnose(vp: Vp, reason: int, memory: GuestMemory) -> str:
     except KvmError as error:
         lines.append(f"  its registers cannot be read: {error}")
     else:
+        if reason == abi.EXIT_SHUTDOWN and (sregs.cs.base, regs.rip) == (0xFFFF_0000, 0xFFF0):
+            lines.append("  KVM has reset the VP since: what follows is its power-on state")
         lines += _describe(regs, sregs, memory)
     if reason == abi.EXIT_INTERNAL_ERROR and run.internal.suberror == 1 and kvm_kind() == "kvm_pvm":
         lines.append(f"  hint: {_PVM_HINT}")
@@ -98,7 +100,7 @@ def _translate(memory: GuestMemory, sregs: abi.Sregs, linear: int) -> int | None
         levels, size, index_bits = 3, 8, 9
     else:
         levels, size, index_bits = 2, 4, 10
-    table = sregs.cr3 & (_ADDRESS if levels > 3 else 0xFFFF_FFE0)
+    table = sregs.cr3 & {2: 0xFFFF_F000, 3: 0xFFFF_FFE0}.get(levels, _ADDRESS)
     for level in range(levels, 0, -1):
         shift = 12 + index_bits * (level - 1)
         index = linear >> shift & (1 << index_bits) - 1

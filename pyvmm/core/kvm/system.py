@@ -25,11 +25,14 @@ class System:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise KvmError(f"opening {path}", error.errno or 0) from error
-        version = ioctl(self.fd, abi.GET_API_VERSION)
-        if version != abi.API_VERSION:
-            os.close(self.fd)
-            raise MissingCapability(f"API version {abi.API_VERSION}", f"it speaks version {version}")
-        self.run_size = ioctl(self.fd, abi.GET_VCPU_MMAP_SIZE)
+        try:
+            version = ioctl(self.fd, abi.GET_API_VERSION)
+            if version != abi.API_VERSION:
+                raise MissingCapability(f"API version {abi.API_VERSION}", f"it speaks version {version}")
+            self.run_size = ioctl(self.fd, abi.GET_VCPU_MMAP_SIZE)
+        except KvmError:
+            self.close()
+            raise
 
     def __enter__(self) -> System:
         return self

@@ -95,17 +95,18 @@ class Vm:
 
     def irq_line(self, number: int) -> KvmIrqLine:
         """Line `number` of the PIC (0-15) and IOAPIC (0-23)."""
-        return KvmIrqLine(self.fd, number)
+        return KvmIrqLine(self, number)
 
 
 class KvmIrqLine(IrqLine):
-    """A line of the in-kernel controllers."""
+    """A line of the in-kernel controllers. Once the VM is closed, it leads nowhere."""
 
-    def __init__(self, vm_fd: int, number: int) -> None:
-        self._fd = vm_fd
+    def __init__(self, vm: Vm, number: int) -> None:
+        self._vm = vm
         self._up = abi.IrqLevel(irq=number, level=1)
         self._down = abi.IrqLevel(irq=number, level=0)
 
     def set(self, level: bool) -> None:
         """Drive the line."""
-        ioctl(self._fd, abi.IRQ_LINE, self._up if level else self._down)
+        if self._vm.fd >= 0:
+            ioctl(self._vm.fd, abi.IRQ_LINE, self._up if level else self._down)
