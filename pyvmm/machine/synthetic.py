@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.config import DiskConfig
 
+_SHUTDOWN_MESSAGES = {
+    "accepted": "the guest is shutting down",
+    "refused": "the guest refused",
+    "no-driver": "the guest has no driver for the shutdown integration service",
+    "busy": "another request is waiting for the guest's answer",
+    "no-answer": "the guest did not answer in time",
+    "disconnected": "the guest's integration service went away",
+}
+
 
 class SyntheticDevices:
     """Made running. The first controller is always there, so that a disk can be plugged in later."""
@@ -74,7 +83,7 @@ class SyntheticDevices:
         return {"controller": config.controller, "lun": lun, "path": config.path}
 
     def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
-        """Unplug a disk, flush and close it; raises ValueError if there is none."""
+        """Unplug a disk and close it; raises ValueError if there is none."""
         if controller not in self._controllers:
             raise ValueError(f"there is no SCSI controller {controller}")
         disk = self._controllers[controller].remove_disk(lun)
@@ -85,7 +94,10 @@ class SyntheticDevices:
     def shutdown(self, timeout: float, restart: bool) -> dict[str, Any]:
         """Ask the guest to shut down; tell whether it obeyed."""
         result = self.shutdown_component.request(restart=restart, timeout_s=timeout)
-        return {"obeyed": result.accepted, "message": str(result)}
+        message = _SHUTDOWN_MESSAGES[result.outcome]
+        if result.status is not None and not result.accepted:
+            message += f" (status {result.status:#010x})"
+        return {"obeyed": result.accepted, "message": message}
 
     def reset(self) -> None:
         """The guest is gone: all channels closed, devices as at power-on."""
