@@ -152,7 +152,7 @@ class Vp:
         /,
     ) -> None: ...
     def run(self) -> int:
-        """Run the guest until `stop` (then return KVM_EXIT_INTR) or an exit that nobody here answers (return its reason).
+        """Run the guest until `stop` (return KVM_EXIT_INTR) or an exit that nobody here answers (return its reason).
 
         What a handler raises ends the run and comes out here.
         """

@@ -169,6 +169,10 @@ class PitConfig(ctypes.Structure):
     _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
 
 
+#: Have KVM serve port 0x61, through which the PIT's timer 2 is gated and read.
+PIT_SPEAKER_DUMMY = 1
+
+
 class IrqLevel(ctypes.Structure):
     """struct kvm_irq_level."""
 

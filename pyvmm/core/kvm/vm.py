@@ -45,14 +45,14 @@ class Vm:
         self._slots += 1
 
     def create_interrupt_controllers(self, tss_gpa: int, identity_map_gpa: int) -> None:
-        """Make PIC, IOAPIC, LAPICs and PIT in the kernel.
+        """Make PIC, IOAPIC, LAPICs and PIT, with its port 0x61, in the kernel.
 
         `tss_gpa` (3 pages) and `identity_map_gpa` (1 page) lie outside RAM: Intel processors need them in real mode.
         """
         ioctl(self.fd, abi.SET_TSS_ADDR, tss_gpa)
         ioctl(self.fd, abi.SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(identity_map_gpa))
         ioctl(self.fd, abi.CREATE_IRQCHIP)
-        ioctl(self.fd, abi.CREATE_PIT2, abi.PitConfig())
+        ioctl(self.fd, abi.CREATE_PIT2, abi.PitConfig(flags=abi.PIT_SPEAKER_DUMMY))
 
     def enable_capability(self, number: int, argument: int = 0) -> None:
         """KVM_ENABLE_CAP with one argument."""
