@@ -80,7 +80,7 @@ DESCRIPTIONS = {
     "memory": "guest memory, such as 512M or 2GiB",
     "huge_pages": "back guest memory with transparent huge pages",
     "disks": "disks on the synthetic SCSI controllers",
-    "enlightenments": "what the guest sees of Hyper-V: a profile and changes, such as full,-stimer_direct",
+    "enlightenments": "what the guest sees of Hyper-V: a profile and changes, such as full,-stimer-direct",
     "com1": "where the first serial port goes: stdio, file:PATH, unix:PATH or none",
     "control": "unix socket on which 'pyvmm ctl' reaches the VM",
     "reboot": "start again when the guest resets, instead of ending",
