@@ -7,9 +7,11 @@ is full, or the guest doesn't take the host's messages, HvPostMessage fails and 
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections import deque
 
+from devices.saved import check_version
 from devices.vmbus import messages, state
 from devices.vmbus.channel import Channel
 from devices.vmbus.server import NO_INTERRUPTS, SINT, Actions, Offer, OpenRequest, Server
@@ -273,7 +275,9 @@ class VmBus(Device, Actions):
 
     def close_channel(self, offer: Offer) -> None:
         """Stop the signals, then the ring, then the device."""
-        channel = self._channels.pop(offer.channel_id)
+        channel = self._channels.pop(offer.channel_id, None)
+        if channel is None:  # restored, but its rings made no sense
+            return
         self.ports.disconnect_event_port(event_connection(channel))
         if self._paused:
             channel.detach()
@@ -399,23 +403,30 @@ class VmBus(Device, Actions):
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned: rings are found again where the guest left them."""
-        if saved.get("version") != 1:
-            raise ValueError(f"vmbus state of version {saved.get('version')}, not 1")
+        check_version(saved, 1)
         if set(saved["devices"]) != set(self._devices):
             raise ValueError(f"vmbus state has devices {sorted(saved['devices'])}, not {sorted(self._devices)}")
         for name, vsp in self._devices.items():
             vsp.restore(saved["devices"][name])
-        state.restore_server(self._server, saved["server"])
-        self._incoming.extend((connection_id, payload) for connection_id, payload in saved["incoming"])
-        self._outgoing.extend((message, vp, sint) for message, vp, sint in saved["outgoing"])
+        try:
+            state.restore_server(self._server, saved["server"])
+            self._incoming.extend((int(connection), bytes(payload)) for connection, payload in saved["incoming"])
+            self._outgoing.extend((bytes(message), int(vp), int(sint)) for message, vp, sint in saved["outgoing"])
+            pending = {int(channel): [tuple(packet) for packet in packets] for channel, packets in saved["pending"]}
+        except (KeyError, TypeError, struct.error) as error:
+            raise ValueError(f"vmbus state is damaged: {error}") from error
         connection = self._server.connection
         if connection is not None and connection.interrupt_page is not None:
             self.set_interrupt_page(connection.interrupt_page)
-        pending = dict(saved["pending"])
         for offer in self._server.offers:
             if offer.opened is not None:
-                channel = self._make_channel(offer, offer.opened, self._rings(offer.opened))
-                channel.restore([tuple(packet) for packet in pending.get(channel.id, [])])
+                try:
+                    rings = self._rings(offer.opened)
+                except ValueError as error:
+                    self._server.break_channel(offer, str(error))
+                    continue
+                channel = self._make_channel(offer, offer.opened, rings)
+                channel.restore(pending.get(channel.id, []))
                 channel.suspend()
                 self._channels[channel.id] = channel
                 channel.attach()

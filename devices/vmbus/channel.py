@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from itertools import islice
 
 from devices.vmbus.packets import ChannelViolation, completion, packet_size
 from pyvmm.core._hot import RingError
@@ -72,6 +73,7 @@ class Channel:
         self._on_broken = on_broken
         self._clock = clock
         self._poll_for_space = poll_for_space
+        self._polling = False
         self._lock = threading.Lock()
         self._serving = threading.Lock()
         self._pending: deque[Packet] = deque()
@@ -213,7 +215,7 @@ class Channel:
         signal = False
         try:
             while self._pending:
-                written, wanted = self.outgoing.write(list(self._pending)[:BATCH])
+                written, wanted = self.outgoing.write(list(islice(self._pending, BATCH)))
                 signal |= wanted
                 self._counts["packets_out"] += written
                 for _ in range(written):
@@ -223,8 +225,9 @@ class Channel:
                 # At least a quarter of the ring, lest the guest signals for every packet that it reads.
                 needed = max(packet_size(self._pending[0]), self.outgoing.size // 4 & ~7)
                 if not self.outgoing.await_space(needed):
-                    if self._poll_for_space:
-                        self.worker.call_at(self._clock.now_ns() + POLL_NS, self.kick)
+                    if self._poll_for_space and not self._polling:
+                        self._polling = True
+                        self.worker.call_at(self._clock.now_ns() + POLL_NS, self._poll)
                     break
             else:
                 if had:
@@ -235,6 +238,10 @@ class Channel:
         if signal:
             self._signal()
         return True
+
+    def _poll(self) -> None:
+        self._polling = False
+        self.kick()
 
     def _service(self) -> None:
         with self._serving:

@@ -264,7 +264,7 @@ class Server:
         if not refused and (sint != SINT or vtl != 0):
             self.actions.violation(f"INITIATE_CONTACT for SINT {sint} of VTL {vtl}")
             refused = True
-        if page and not self._page_valid(page):
+        if page and not self.page_valid(page):
             self.actions.violation(f"interrupt page at {page:#x} is not a page of guest RAM")
             refused = True
         state = STATUS_SUCCESS
@@ -284,7 +284,8 @@ class Server:
                 self.actions.set_interrupt_page(page)
         self.actions.send(encode("VERSION_RESPONSE", **response), vp, SINT)
 
-    def _page_valid(self, gpa: int) -> bool:
+    def page_valid(self, gpa: int) -> bool:
+        """Whether `gpa` can be an interrupt page."""
         try:
             self.memory.view(gpa, PAGE_SIZE, write=True)
         except GuestMemoryError:

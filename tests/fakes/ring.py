@@ -82,15 +82,18 @@ class GuestRing:
     def read(self, limit: int = 1 << 30) -> tuple[list[Packet], bool]:
         """Take packets; return them and whether the host waits for the room made. Checks every footer."""
         packets: list[Packet] = []
-        free = self.free
-        while self.used and len(packets) < limit:
-            start = self.word(OUT)
+        used, taken = self.used, 0
+        while taken < used and len(packets) < limit:
+            start = (self.word(OUT) + taken) % self.size
             kind, offset8, length8, flags, transaction_id = _DESCRIPTOR.unpack(self.peek(start, 16))
             assert 2 <= offset8 <= length8
-            assert length8 * 8 + 8 <= self.used
+            assert length8 * 8 + 8 <= used - taken
             data = self.peek(start, length8 * 8)
             assert self.peek(start + length8 * 8, 8) == struct.pack("<II", 0, start)
             packets.append((kind, flags, transaction_id, data[16 : offset8 * 8], data[offset8 * 8 :]))
-            self.set_word(OUT, (start + length8 * 8 + 8) % self.size)
+            taken += length8 * 8 + 8
+        self.set_word(OUT, (self.word(OUT) + taken) % self.size)
+        # Only what is free after all that counts: the host may have filled the ring again since we began.
         pending = self.word(PENDING_SEND_SIZE) & ~7
-        return packets, bool(pending) and free < pending <= self.free
+        free = self.free
+        return packets, bool(pending) and free - taken < pending <= free

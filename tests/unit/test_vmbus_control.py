@@ -324,6 +324,7 @@ def test_ipxe_asks_at_3_0_unloads_and_comes_back_at_0_13(rig: Rig) -> None:
     (offer,) = rig.guest.connect(vg.V0_13)
     channel = rig.guest.open(offer, out_pages=2, in_pages=2)
     channel.send((6, 0, 0, b"", b"12345678"))
+    channel.wait_signal()
     assert channel.receive()
     assert set(rig.ports.signals) == {(0, 2, 0)}
     rig.guest.unload()

@@ -8,13 +8,14 @@ import struct
 import pytest
 
 from tests.fakes import vmbus_guest as vg
-from tests.fakes.ring import GuestRing
+from tests.fakes.ring import IN, GuestRing
 from tests.fakes.vmbus_guest import FakeGuest, GuestChannel
 from tests.fakes.vmbus_host import EchoVsp, Rig, ShoutVsp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
 
 @pytest.fixture(name="rig")
@@ -157,7 +158,7 @@ def test_state_of_other_devices_or_versions_is_refused(rig: Rig) -> None:
         new.bus.pause()
         with pytest.raises(ValueError, match=r"devices \['echo0'\], not \['shout'\]"):
             new.bus.restore(saved)
-        with pytest.raises(ValueError, match="version 2"):
+        with pytest.raises(ValueError, match="has version 2"):
             new.bus.restore({**saved, "version": 2})
 
 
@@ -171,6 +172,47 @@ def test_state_that_points_outside_ram_is_refused(rig: Rig) -> None:
         with pytest.raises(ValueError, match="is not in guest RAM"):
             new.bus.restore(saved)
         new.bus.reset()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["server"].pop("offers"),
+        lambda state: state["server"]["connection"].update(version=7),
+        lambda state: state["server"]["connection"].update(target_vp=4),
+        lambda state: state["server"]["connection"].update(interrupt_page=5),
+        lambda state: state["server"]["offers"][0].update(channel_id=5),
+        lambda state: state["server"]["offers"][0].update(channel_id=2048),
+        lambda state: state["server"]["offers"][0].update(state="ajar"),
+        lambda state: state["server"]["offers"][0]["opened"].update(target_vp=9),
+        lambda state: state["server"]["offers"][0]["opened"].update(downstream=100),
+        lambda state: state["server"]["gpadls"][0].update(range_count=0),
+        lambda state: state["server"]["gpadls"].clear(),
+        lambda state: state.update(incoming=[5]),
+        lambda state: state.update(pending=None),
+    ],
+)
+def test_damaged_state_is_refused(rig: Rig, damage: Callable[[dict[str, Any]], None]) -> None:
+    rig.guest.open(rig.guest.connect()[0])
+    rig.bus.pause()
+    saved = rig.bus.save()
+    damage(saved)
+    with Rig(EchoVsp()) as new:
+        new.bus.pause()
+        with pytest.raises(ValueError):
+            new.bus.restore(saved)
+        new.bus.reset()
+
+
+def test_a_ring_that_is_broken_at_restore_costs_its_channel_only(rig: Rig) -> None:
+    channel = rig.guest.open(rig.guest.connect()[0])
+    rig.bus.pause()
+    channel.outgoing.set_word(IN, 3)
+    with Rig(EchoVsp()) as new:
+        guest = move_to(rig, new)
+        new.bus.resume()
+        assert guest.expect(vg.RESCIND) == struct.pack("<I", 1)
+        assert "write index 3" in new.bus.inspect()["offers"][0]["broken"]
 
 
 def test_inspect_is_json_and_shows_rings(rig: Rig) -> None:
