@@ -23,7 +23,7 @@ def main() -> int:
         description="Run COMMAND in the lab: this checkout on an ordinary Linux KVM that QEMU emulates.",
         epilog="Exit status: COMMAND's; 124 when the time ran out; 125 when the lab itself failed.",
     )
-    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="processors (default: %(default)s)")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="processors (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=4096, metavar="MIB", help="memory in MiB (default: %(default)s)")
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="folder shared with the lab, at the same path inside"

@@ -61,7 +61,7 @@ class Result:
 def run(
     command: Sequence[str],
     *,
-    cpus: int = 2,
+    cpus: int = 1,
     memory_mib: int = 4096,
     results: Path | None = None,
     timeout: float | None = None,
@@ -96,7 +96,8 @@ def run(
         machine = _Machine(
             [
                 *("setpriv", "--pdeathsig", "KILL", qemu, "-nodefaults", "-no-user-config", "-no-reboot"),
-                *("-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm"),
+                # QEMU's SVM knows no XSETBV intercept, so a guest's XCR0 would be the lab's own.
+                *("-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,-xsave"),
                 *("-m", str(memory_mib), "-smp", str(cpus), "-display", "none", "-nic", "none"),
                 *("-kernel", str(initramfs.unpacked_kernel(kernel.image)), "-initrd", str(_initrd(kernel))),
                 *("-append", _COMMAND_LINE, "-serial", "chardev:console"),

@@ -54,7 +54,7 @@ def lab_session(tmp_path_factory: pytest.TempPathFactory) -> StartSession:
     if "PYVMM_LAB" in os.environ:
         pytest.skip("already inside the lab")
 
-    def start(*arguments: str, cpus: int = 2, memory_mib: int = 4096, timeout: float = 300) -> Session:
+    def start(*arguments: str, cpus: int = 1, memory_mib: int = 4096, timeout: float = 300) -> Session:
         results = tmp_path_factory.mktemp("lab")
         stdout, stderr = bytearray(), bytearray()
         try:

@@ -62,6 +62,7 @@ def test_guest_detects_hyper_v_and_connects(life: dict[str, Any]) -> None:
     assert told(life, "vmbus") == "Vmbus version:5.3"
     assert told(life, "clocksource") == "hyperv_clocksource_tsc_page"
     assert told(life, "cpus") == "4"
+    assert told(life, "taint") == "0"  # the kernel had nothing to warn of
 
 
 def test_every_channel_is_bound_to_its_stock_driver(life: dict[str, Any]) -> None:
