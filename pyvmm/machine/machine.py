@@ -455,8 +455,11 @@ class Machine:
                 "unknown": sum(counts["hypercalls_unknown"] for counts in vps),
             },
             "vps": [
-                {"exits": {abi.EXIT_NAMES.get(reason, str(reason)): n for reason, n in counts["exits"].items()}}
-                for counts in vps
+                {
+                    "exits": {abi.EXIT_NAMES.get(reason, str(reason)): n for reason, n in counts["exits"].items()},
+                    "registers": processor.registers() if self._state != "running" else None,
+                }
+                for processor, counts in zip(self.processors, vps, strict=True)
             ],
             "partition": self.partition.inspect(),
             "board": self.board.inspect(),

@@ -78,6 +78,16 @@ class Processor:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def registers(self) -> dict[str, str]:
+        """Where the guest is, for people; only while the thread is parked."""
+        regs, sregs = self.vp.get_regs(), self.vp.get_sregs()
+        return {
+            **{name: f"{getattr(regs, name):#x}" for name in ("rip", "rsp", "rflags")},
+            **{name: f"{getattr(sregs, name):#x}" for name in ("cr2", "cr3")},
+            "gs_base": f"{sregs.gs.base:#x}",
+            "mp_state": str(self.vp.get_mp_state()),
+        }
+
     def _main(self) -> None:
         while self._may_run():
             try:

@@ -96,6 +96,12 @@ class Vp:
         """Set the LAPIC's registers."""
         ioctl(self.fd, abi.SET_LAPIC, state)
 
+    def get_mp_state(self) -> int:
+        """KVM_MP_STATE_*: 0 runs, 1 waits for INIT, 3 is halted."""
+        state = abi.MpState()
+        ioctl(self.fd, abi.GET_MP_STATE, state)
+        return int(state.mp_state)
+
     def set_mp_state(self, state: int) -> None:
         """Set KVM_MP_STATE_*."""
         ioctl(self.fd, abi.SET_MP_STATE, abi.MpState(state))
