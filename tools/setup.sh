@@ -52,9 +52,8 @@ END
     rm -f "$site/distutils-precedence.pth"
     cat >.venv/bin/pyvmm <<END
 #!$PWD/.venv/bin/python
-import sys
-from pyvmm.cli import main
-sys.exit(main())
+from pyvmm.cli import entry
+entry()
 END
     chmod +x .venv/bin/pyvmm
     echo "$state" >"$stamp"

@@ -1,12 +1,11 @@
 """The ``pyvmm`` command. Each subcommand is a module with ``add_parser(subparsers)`` and ``run(args) -> int``.
 
-Only the module of the command that was asked for is imported, because `pyvmm run` is judged by the time
-until its guest executes the first instruction.
+Only the module of the command that was asked for is imported, and argparse only where `pyvmm run` can do without
+it, because `pyvmm run` is judged by the time until its guest executes the first instruction.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -15,7 +14,7 @@ from pyvmm.machine.config import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 COMMANDS = ("run", "ctl", "config", "doctor", "completion")
 
@@ -33,52 +32,11 @@ class CliError(Exception):
         self.exit_code = exit_code
 
 
-def _plain_formatter(prog: str) -> argparse.HelpFormatter:
-    """The formatter that argparse asks for while options are added: no terminal size is looked up for it."""
-    return argparse.HelpFormatter(prog, width=80)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors as CliError and loads rich only to print help."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(**options, allow_abbrev=False, formatter_class=_plain_formatter)  # type: ignore[arg-type]
-
-    def format_help(self) -> str:
-        from rich_argparse import RichHelpFormatter
-
-        self.formatter_class = RichHelpFormatter
-        return super().format_help()
-
-    def error(self, message: str) -> NoReturn:
-        raise CliError(f"{message}; see '{self.prog} --help'")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from pyvmm import __version__
-
-        print(f"pyvmm {__version__}")
-        parser.exit()
-
-
-def build_parser(commands: Sequence[str] = COMMANDS) -> Parser:
-    """The parser of the whole command line, with the subcommands named."""
-    parser = Parser(prog="pyvmm", description="Virtual machines that look like Hyper-V, on Linux KVM.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="pyvmm")
-    for command in commands:
-        module = __import__(f"pyvmm.cli.{command}", fromlist=["add_parser"])
-        module.add_parser(subparsers)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; errors become one line on standard error."""
     words = sys.argv[1:] if argv is None else list(argv)
-    commands = words[:1] if words and words[0] in COMMANDS else COMMANDS
     try:
-        args = build_parser(commands).parse_args(words)
+        args = _parse(words)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -95,6 +53,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _debug()
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         return _fail(f"internal error: {text}; set PYVMM_DEBUG=1 for the traceback", EXIT_FAILED)
+
+
+def entry() -> NoReturn:
+    """The console script: `main`, and an end at once, since the kernel frees everything faster than the interpreter."""
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError):  # closed, or nobody reads it any more
+            pass
+    os._exit(status)
+
+
+def _parse(words: list[str]) -> Any:
+    if words[:1] == ["run"]:
+        from pyvmm.cli import run
+
+        args = run.read_plain(words[1:])
+        if args is not None:
+            return args
+    from pyvmm.cli.parser import build_parser
+
+    return build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
 
 
 def _debug() -> None:

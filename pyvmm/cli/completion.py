@@ -6,7 +6,7 @@ import argparse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.cli import Parser
+    from pyvmm.cli.parser import Parser
 
 _FILE_METAVARS = ("FILE", "PATH", "SOCKET", "VM.toml")
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
 def _run(args: argparse.Namespace) -> int:
     import shtab
 
-    from pyvmm.cli import build_parser
+    from pyvmm.cli.parser import build_parser
 
     parser = build_parser()
     _complete_files(parser)

@@ -8,7 +8,7 @@ from pyvmm.machine.config import ConfigError, VmConfig, check_files, validate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.cli import Parser
+    from pyvmm.cli.parser import Parser
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:

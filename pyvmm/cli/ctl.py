@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from pyvmm.cli import Parser
+    from pyvmm.cli.parser import Parser
 
 EXIT_NO_VM = 3
 

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyvmm.cli import Parser
+    from pyvmm.cli.parser import Parser
 
 _KVM_DEVICE = "/dev/kvm"
 _NEWER_KERNEL = "run Linux 5.16 or later"
