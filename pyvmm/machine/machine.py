@@ -10,8 +10,6 @@ import os
 import threading
 
 from enlightenments import catalog
-from enlightenments.cpuid import hypervisor_leaves
-from enlightenments.partition import Partition
 from pyvmm.boot import layout
 from pyvmm.boot.entry import BootError
 from pyvmm.core import _hot
@@ -21,9 +19,6 @@ from pyvmm.core.kvm import abi
 from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.kvm.system import System
 from pyvmm.core.memory import GuestMemory
-from pyvmm.core.worker import Worker
-from pyvmm.machine.board import Board
-from pyvmm.machine.processor import Processor, entry_registers, guest_cpuid, power_on_states
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,9 +26,11 @@ if TYPE_CHECKING:
 
     from devices.storage.backend import Disk
     from pyvmm.boot.entry import EntryState
+    from pyvmm.core.kvm.vp import Vp
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.config import DiskConfig, VmConfig
     from pyvmm.machine.console import Console
+    from pyvmm.machine.processor import Processor
     from pyvmm.machine.synthetic import SyntheticDevices
 
 EXIT_POWEROFF, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 2, 3, 4, 5, 124
@@ -88,7 +85,9 @@ class Machine:
             self._open_disks()
             self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = self._load()
-            self._assemble(chosen)
+            with System() as system:
+                self._create_vm(system)
+                self._assemble(system, chosen)
         except (BootError, KvmError, OSError) as error:
             self.close()
             code = EXIT_USAGE if isinstance(error, BootError) else EXIT_HOST
@@ -114,40 +113,50 @@ class Machine:
         except DiskError as error:
             raise MachineError(str(error), EXIT_USAGE) from error
 
-    def _assemble(self, chosen: frozenset[str]) -> None:
+    def _create_vm(self, system: System) -> None:
+        system.require_capabilities()
+        self._vm = system.create_vm()
+        # In this order: once a VM has interrupt controllers, KVM takes some 10 ms to publish a filter or memory.
+        self._vm.trap_msrs(catalog.MSR_BASE, catalog.MSR_COUNT)
+        for region in self.memory.regions:
+            self._vm.add_memory(region)
+        self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
+
+    def _assemble(self, system: System, chosen: frozenset[str]) -> None:
+        # KVM publishes interrupt controllers in the background, and the end of a VM waits for that: a VM that soon ends
+        # gains by all that is only loaded now.
+        from enlightenments.cpuid import hypervisor_leaves
+        from enlightenments.partition import Partition
+        from pyvmm.core.worker import Worker
+        from pyvmm.machine.board import Board
+        from pyvmm.machine.processor import Processor, guest_cpuid, power_on_states
+
         config = self.config
         self._worker = Worker("board", self._on_worker_error, self._clock)
         self.partition = Partition(
             self.memory, chosen, config.cpus, self._tracer, self._on_guest_reset, self._on_guest_crash
         )
+        self.board = Board(
+            self.memory,
+            self._vm.irq_line,
+            config.cpus,
+            self._console.write,
+            self._worker,
+            self._tracer,
+            self._clock,
+            lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),
+            self._on_guest_reset,
+            (lambda status: self._post(Outcome("exit", status & 0xFF))) if config.testdev else None,
+        )
+        supported = system.supported_cpuid()
+        address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
+        hypervisor = hypervisor_leaves(chosen, config.cpus, address_bits)
         self.processors: list[Processor] = []
-        with System() as system:
-            system.require_capabilities()
-            self._vm = system.create_vm()
-            # In this order: once a VM has interrupt controllers, KVM takes some 10 ms to publish a filter or memory.
-            self._vm.trap_msrs(catalog.MSR_BASE, catalog.MSR_COUNT)
-            for region in self.memory.regions:
-                self._vm.add_memory(region)
-            self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
-            self.board = Board(
-                self.memory,
-                self._vm.irq_line,
-                config.cpus,
-                self._console.write,
-                self._worker,
-                self._tracer,
-                self._clock,
-                lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),
-                self._on_guest_reset,
-                (lambda status: self._post(Outcome("exit", status & 0xFF))) if config.testdev else None,
-            )
-            supported = system.supported_cpuid()
-            address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
-            leaves = hypervisor_leaves(chosen, config.cpus, address_bits)
-            for index in range(config.cpus):
-                self._add_processor(index, guest_cpuid(supported, leaves, index, config.cpus))
-            self._power_on = power_on_states(self.processors, system.msr_indices())
-            self._power_on_vm = self._vm.get_state()
+        for index in range(config.cpus):
+            vp, hot = self._make_vp(index, guest_cpuid(supported, hypervisor, index, config.cpus))
+            self.processors.append(Processor(vp, hot, self._on_vp_exit, self._on_vp_error))
+        self._power_on = power_on_states(self.processors, system.msr_indices())
+        self._power_on_vm = self._vm.get_state()
         if self._vmbus:
             for connection_id in _VMBUS_CONNECTIONS:
                 self.partition.connect_message_port(
@@ -155,7 +164,7 @@ class Machine:
                     lambda kind, payload, target=connection_id: self._first_message(target, kind, payload),  # type: ignore[misc]
                 )
 
-    def _add_processor(self, index: int, leaves: list[abi.CpuidEntry]) -> None:
+    def _make_vp(self, index: int, leaves: list[abi.CpuidEntry]) -> tuple[Vp, _hot.Vp]:
         vp = self._vm.create_vp(index)
         vp.set_cpuid(leaves)
         if index == 0:
@@ -176,7 +185,7 @@ class Machine:
             self.partition,
         )
         self.partition.add_vp(hot)
-        self.processors.append(Processor(vp, hot, self._on_vp_exit, self._on_vp_error))
+        return vp, hot
 
     def _load(self) -> EntryState:
         config = self.config
@@ -274,7 +283,7 @@ class Machine:
 
     def run(self) -> Outcome:
         """Start the guest and return once the VM has ended."""
-        entry_registers(self.processors[0].vp, self._entry)
+        self.processors[0].enter(self._entry)
         self._worker.start()
         self.board.reset()
         for processor in self.processors:
@@ -335,7 +344,7 @@ class Machine:
             for processor, state in zip(self.processors, self._power_on, strict=True):
                 processor.vp.set_state(state)
             self._entry = self._load()
-            entry_registers(self.processors[0].vp, self._entry)
+            self.processors[0].enter(self._entry)
             if self._state == "running":  # a paused VM starts again when it is resumed
                 self._release()
 

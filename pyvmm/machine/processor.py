@@ -47,6 +47,28 @@ class Processor:
         self._ending = False
         self._thread = threading.Thread(target=self._main, name=f"vp{vp.index}", daemon=True)
 
+    def enter(self, entry: EntryState) -> None:
+        """Set the registers as `entry` asks; the VP is the one that boots and is in its power-on state."""
+        if entry.mode == "reset":
+            return
+        sregs = self.vp.get_sregs()
+        code = abi.Segment(
+            base=0, limit=0xFFFF_FFFF, selector=CODE_SELECTOR, type=11, present=1, dpl=0, db=0, s=1, l=1, g=1
+        )
+        data = abi.Segment(
+            base=0, limit=0xFFFF_FFFF, selector=DATA_SELECTOR, type=3, present=1, dpl=0, db=1, s=1, l=0, g=1
+        )
+        sregs.cs = code
+        sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = data
+        sregs.gdt.base, sregs.gdt.limit = entry.gdt_base, entry.gdt_limit
+        sregs.idt.base, sregs.idt.limit = 0, 0
+        sregs.cr0 = _CR0_PG | _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
+        sregs.cr3 = entry.cr3
+        sregs.cr4 = _CR4_PAE
+        sregs.efer = _EFER_LME | _EFER_LMA
+        self.vp.set_sregs(sregs)
+        self.vp.set_regs(abi.Regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=_RFLAGS_RESERVED))
+
     def start(self) -> None:
         """Start the thread, parked."""
         self._thread.start()
@@ -112,27 +134,6 @@ class Processor:
     def _forbid(self) -> None:
         with self._changed:
             self._go = False
-
-
-def entry_registers(vp: Vp, entry: EntryState) -> None:
-    """Set the registers of the boot VP, which is in its power-on state, as `entry` asks."""
-    if entry.mode == "reset":
-        return
-    sregs = vp.get_sregs()
-    code = abi.Segment(
-        base=0, limit=0xFFFF_FFFF, selector=CODE_SELECTOR, type=11, present=1, dpl=0, db=0, s=1, l=1, g=1
-    )
-    data = abi.Segment(base=0, limit=0xFFFF_FFFF, selector=DATA_SELECTOR, type=3, present=1, dpl=0, db=1, s=1, l=0, g=1)
-    sregs.cs = code
-    sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = data
-    sregs.gdt.base, sregs.gdt.limit = entry.gdt_base, entry.gdt_limit
-    sregs.idt.base, sregs.idt.limit = 0, 0
-    sregs.cr0 = _CR0_PG | _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
-    sregs.cr3 = entry.cr3
-    sregs.cr4 = _CR4_PAE
-    sregs.efer = _EFER_LME | _EFER_LMA
-    vp.set_sregs(sregs)
-    vp.set_regs(abi.Regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=_RFLAGS_RESERVED))
 
 
 def guest_cpuid(
