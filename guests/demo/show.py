@@ -130,13 +130,18 @@ def probe_table(report: Report) -> Table:
 def guest_view(guest: Guest) -> RenderableType:
     """What Linux said of Hyper-V, its devices on VMBus, and the letter."""
     kernel = _lines([*guest.dmesg, f"clocksource: {guest.clocksource}"])
-    devices = Table(title="devices on the guest's VMBus", title_justify="left", title_style="", header_style="bold")
+    # Without padding at its edges it fits into 80 columns.
+    devices = Table(title="devices on the guest's VMBus", title_justify="left", header_style="bold", pad_edge=False)
     for heading in ("interface", "device", "channels", "driver"):
         devices.add_column(heading, justify="right" if heading == "channels" else "left", no_wrap=True)
     for channel in guest.channels:
         driver = Text(plain(channel.driver), "green") if channel.driver else Text("none", "bold red")
         devices.add_row(*map(Text, map(plain, (channel.name, channel.device, str(channel.count)))), driver)
-    sums = [f"SHA-256 {guest.letter_sum or 'none'} as the guest read it", f"        {guest.sum_on_disk} in the image"]
+    sums = [
+        "SHA-256 as the guest read it, and of the file in the image:",
+        guest.letter_sum or "none",
+        guest.sum_on_disk,
+    ]
     letter = Group(_lines(guest.letter.splitlines()), _lines(sums, "dim"))
     return Group(
         Panel(kernel, title=Text(f"Linux {plain(guest.kernel)}, dmesg"), title_align="left"),

@@ -23,7 +23,7 @@ DEVICES = {
     SCSI: ("SCSI controller", "hv_storvsc"),
     str(Shutdown.interface_id): ("shutdown", "hv_utils"),
     str(Heartbeat.interface_id): ("heartbeat", "hv_utils"),
-    str(TimeSync.interface_id): ("time synchronisation", "hv_utils"),
+    str(TimeSync.interface_id): ("time sync", "hv_utils"),
 }
 
 
