@@ -43,7 +43,7 @@ class Worker:
     """One thread with an epoll set.
 
     Callbacks run on that thread, one at a time. An exception that a callback lets out goes to `on_error`
-    (on the worker's thread) and the worker goes on.
+    (on the worker's thread) and the worker goes on. The thread is only made once it has something to do.
     """
 
     def __init__(
@@ -68,17 +68,22 @@ class Worker:
         self._held = False  # somebody wants it paused
         self._parked = True  # the thread calls nothing until it has taken the lock
         self._stopping = False
+        self._started = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Begin to call what is asked for."""
+        with self._lock:
+            self._started = True
+            if self._events or self._calls or self._timers:
+                self._need_thread()
 
     def add_event(self, fd: int, callback: Callable[[], None]) -> None:
         """Call `callback` whenever the eventfd `fd`, which must not block, is signalled; its count is read first."""
         with self._lock:
             self._events[fd] = callback
-        self._epoll.register(fd, select.EPOLLIN)
+            self._epoll.register(fd, select.EPOLLIN)
+            self._need_thread()
 
     def remove_event(self, fd: int) -> None:
         """Forget `fd`. After this returns on the worker's own thread, its callback is not called again."""
@@ -103,6 +108,7 @@ class Worker:
                 self._timers = [entry for entry in self._timers if entry.action is not None]
                 heapq.heapify(self._timers)
                 self._sweep_at = max(_SWEEP_MINIMUM, 2 * len(self._timers))
+            self._need_thread()
             self._kick()
         return timer
 
@@ -166,11 +172,16 @@ class Worker:
         elif threading.current_thread() is not self._thread:
             self._thread.join()
 
-    # The lock is held in these two.
+    # The lock is held in these three.
+
+    def _need_thread(self) -> None:
+        if self._started and not self._stopping and self._thread.ident is None:
+            self._thread.start()
 
     def _add_call(self, action: Callable[[], None]) -> None:
         if self._wake >= 0:
             self._calls.append(action)
+            self._need_thread()
             self._kick()
 
     def _kick(self) -> None:

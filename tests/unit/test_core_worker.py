@@ -81,6 +81,13 @@ def test_calls_made_before_the_start_happen_after_it() -> None:
     shop.worker.stop()
 
 
+def test_there_is_no_thread_before_there_is_something_to_do(shop: Shop) -> None:
+    before = threading.active_count()
+    shop.worker.call_soon(shop.note("first"))
+    assert threading.active_count() == before + 1
+    assert shop.settle() == ["first"]
+
+
 def test_run_gives_the_result_or_the_exception(shop: Shop) -> None:
     def fail() -> None:
         raise KeyError("mine")
