@@ -56,8 +56,6 @@ FIELDS = [
     ("kvm_vcpu_events", "exception_payload", abi.VcpuEvents, "exception_payload"),
 ]
 
-_STATE_SIZES = {name: size for name, _, _, size in abi.VP_STATE}
-
 #: Structures that are only sizes here.
 SIZES = {
     "struct kvm_irqchip": abi.IRQCHIP_SIZE,
@@ -66,9 +64,9 @@ SIZES = {
     "struct kvm_msrs": abi.MSRS_HEADER_SIZE,
     "struct kvm_msr_list": abi.MSR_INDEX_LIST_HEADER,
     "((struct kvm_run *)0)->internal": ctypes.sizeof(abi.RunInternal),
-    "struct kvm_xcrs": _STATE_SIZES["xcrs"],
-    "struct kvm_xsave": _STATE_SIZES["xsave"],
-    "struct kvm_debugregs": _STATE_SIZES["debugregs"],
+    "struct kvm_xcrs": abi.XCRS_SIZE,
+    "struct kvm_xsave": abi.XSAVE_SIZE,
+    "struct kvm_debugregs": abi.DEBUGREGS_SIZE,
 }
 
 VALUES = {
@@ -106,7 +104,6 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     expressions = [f"sizeof(struct {name})" for name in STRUCTURES]
     expressions += [f"offsetof(struct {structure}, {field})" for structure, field, _, _ in FIELDS]
     expressions += [f"sizeof({name})" for name in SIZES]
-    expressions += [f"KVM_{verb}_{name}" for verb in ("GET", "SET") for name in ("XCRS", "XSAVE", "DEBUGREGS")]
     expressions += [*VALUES, *abi.IOCTL_NAMES.values(), *(name for name, *_ in capabilities.CAPABILITIES)]
     lines = "".join(f'printf("%llu\\n", (unsigned long long)({expression}));\n' for expression in expressions)
     source = f"#include <linux/kvm.h>\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n{lines}}}\n"
@@ -142,12 +139,6 @@ def test_constants_are_the_headers(header: dict[str, int], name: str) -> None:
 @pytest.mark.parametrize(("number", "name"), abi.IOCTL_NAMES.items())
 def test_requests_are_the_headers(header: dict[str, int], number: int, name: str) -> None:
     assert number == header[name]
-
-
-@pytest.mark.parametrize("name", ["xcrs", "xsave", "debugregs"])
-def test_requests_for_opaque_state_are_the_headers(header: dict[str, int], name: str) -> None:
-    (get, put), *_ = ((get, put) for entry, get, put, _ in abi.VP_STATE if entry == name)
-    assert (get, put) == (header[f"KVM_GET_{name.upper()}"], header[f"KVM_SET_{name.upper()}"])
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, number) for name, number, *_ in capabilities.CAPABILITIES])

@@ -384,15 +384,25 @@ MSR_IA32_TSC = 0x10
 MSR_IA32_APIC_BASE = 0x1B
 MSR_IA32_MISC_ENABLE = 0x1A0
 
+XCRS_SIZE = 392
+GET_XCRS = ioc(_READ, 0xA6, XCRS_SIZE)
+SET_XCRS = ioc(_WRITE, 0xA7, XCRS_SIZE)
+XSAVE_SIZE = 4096
+GET_XSAVE = ioc(_READ, 0xA4, XSAVE_SIZE)
+SET_XSAVE = ioc(_WRITE, 0xA5, XSAVE_SIZE)
+DEBUGREGS_SIZE = 128
+GET_DEBUGREGS = ioc(_READ, 0xA1, DEBUGREGS_SIZE)
+SET_DEBUGREGS = ioc(_WRITE, 0xA2, DEBUGREGS_SIZE)
+
 # State that is saved and set as a whole, opaque to this package: (name, get, set, bytes), in the order of setting.
 # Multiprocessor state comes first because it can make KVM reset the VP, events last because all others touch them.
 VP_STATE = (
     ("mp_state", GET_MP_STATE, SET_MP_STATE, ctypes.sizeof(MpState)),
     ("sregs", GET_SREGS, SET_SREGS, ctypes.sizeof(Sregs)),
     ("regs", GET_REGS, SET_REGS, ctypes.sizeof(Regs)),
-    ("xcrs", ioc(_READ, 0xA6, 392), ioc(_WRITE, 0xA7, 392), 392),
-    ("xsave", ioc(_READ, 0xA4, 4096), ioc(_WRITE, 0xA5, 4096), 4096),
-    ("debugregs", ioc(_READ, 0xA1, 128), ioc(_WRITE, 0xA2, 128), 128),
+    ("xcrs", GET_XCRS, SET_XCRS, XCRS_SIZE),
+    ("xsave", GET_XSAVE, SET_XSAVE, XSAVE_SIZE),
+    ("debugregs", GET_DEBUGREGS, SET_DEBUGREGS, DEBUGREGS_SIZE),
     ("lapic", GET_LAPIC, SET_LAPIC, ctypes.sizeof(LapicState)),
     ("events", GET_VCPU_EVENTS, SET_VCPU_EVENTS, ctypes.sizeof(VcpuEvents)),
 )
