@@ -78,7 +78,7 @@ def add_busybox(archive: Archive, without: Collection[str] = ()) -> None:
 
 
 def add_programs(archive: Archive, programs: Mapping[str, str]) -> None:
-    """Add the host's programs, by their names in the archive, with the shared libraries they need at their own paths."""
+    """Add the host's programs by their names in the archive, and the shared libraries they need at their own paths."""
     libraries: set[str] = set()
     for name, program in programs.items():
         path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

@@ -55,8 +55,8 @@ def build(
     """Return a guest that runs `script` (its text or its file; when empty, an interactive shell).
 
     `flavour` is ``cloud`` or ``generic``. `files` are added to the initramfs under their names, executable.
-    `extra_modules` are loaded after the Hyper-V drivers. `programs` are the host's, put in with their libraries in place of
-    busybox's. Raises packages.RecipeError; KeyError for an unknown flavour.
+    `extra_modules` are loaded after the Hyper-V drivers. `programs` are the host's, with their libraries, and
+    stand in for busybox's. Raises packages.RecipeError; KeyError for an unknown flavour.
     """
     meta_package, modules = _FLAVOURS[flavour]
     kernel = packages.kernel(meta_package)
