@@ -1,7 +1,7 @@
 """Where the first serial port's bytes go to and come from.
 
 A console never holds the VM up for long: a file or socket that cannot keep up loses bytes, which are
-counted; only standard output may block, as a terminal that is stopped with Ctrl-S should.
+counted; only standard output may block, as a terminal that is stopped with Ctrl-S should, until the VM ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import select
 import stat
 import sys
+import time
 
 from pyvmm.machine.config import ConfigError, split_com1
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     Receive = Callable[[bytes], int]
 
 _CHUNK = 4096
+_LOOK_AGAIN_MS = 100
+_LAST_WAIT_S = 1.0
 #: Typed bytes kept for a guest that does not read them; a pipe is simply not read meanwhile.
 _TYPE_AHEAD = 4096
 
@@ -38,12 +41,37 @@ class Console:
         self.on_quit: Callable[[], None] = lambda: None
         #: Bytes of output that were dropped.
         self.lost = 0
+        self._patience_ends: float | None = None
 
     def start(self, receive: Receive) -> None:
         """Begin to hand input to `receive`, which is called on the console's own thread."""
 
     def write(self, data: bytes) -> None:
         """Put out what the guest sent; may be called from any thread."""
+
+    def lose_patience(self) -> None:
+        """From now on wait for a reader that takes no output for a second at most, in all; any thread."""
+        self._patience_ends = time.monotonic() + _LAST_WAIT_S
+
+    def _write_all(self, fd: int, data: bytes) -> None:
+        written = 0
+        while written < len(data) and self._writable(fd):
+            try:
+                # No more than what a pipe that can be written to takes at once.
+                written += os.write(fd, data[written : written + select.PIPE_BUF])
+            except BlockingIOError:
+                continue
+            except OSError:  # the reader has gone away, the disk is full
+                break
+        self.lost += len(data) - written
+
+    def _writable(self, fd: int) -> bool:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        while not poll.poll(_LOOK_AGAIN_MS):
+            if self._patience_ends is not None and time.monotonic() >= self._patience_ends:
+                return False
+        return True
 
     def close(self) -> None:
         """Stop the input and give back the terminal, socket or file; harmless the second time."""
@@ -81,7 +109,7 @@ class FileConsole(Console):
 
     def write(self, data: bytes) -> None:
         if self._fd >= 0:
-            self.lost += len(data) - _write_all(self._fd, data)
+            self._write_all(self._fd, data)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -120,7 +148,7 @@ class StdioConsole(Console):
         self._thread.start()
 
     def write(self, data: bytes) -> None:
-        self.lost += len(data) - _write_all(self._stdout, data)
+        self._write_all(self._stdout, data)
 
     def close(self) -> None:
         thread, self._thread = self._thread, None
@@ -266,18 +294,3 @@ def _make_raw(fd: int) -> list[Any]:
     raw[6][termios.VTIME] = 0
     termios.tcsetattr(fd, termios.TCSANOW, raw)
     return saved
-
-
-def _write_all(fd: int, data: bytes) -> int:
-    """Write `data`, waiting while `fd` is full; return how much was written before an error."""
-    written = 0
-    while written < len(data):
-        try:
-            written += os.write(fd, data[written:])
-        except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()
-        except OSError:  # the reader has gone away, the disk is full
-            break
-    return written

@@ -304,6 +304,7 @@ class Machine:
                     event = Outcome("crash", EXIT_CRASH, f"cannot start again: {error}")
                 else:
                     continue
+            self._console.lose_patience()  # a VP may be waiting for the reader
             self._stop()
             return event
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.kvm.conftest import PROTECTED_MODE
+from tests.fakes.rom import PROTECTED_MODE
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import Roms
