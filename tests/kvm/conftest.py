@@ -1,4 +1,4 @@
-"""Tiny guests: a ROM of 64 KiB made of a few assembly lines, run in this process or by the command line."""
+"""Tiny guests, run in this process or by the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pyvmm.core.trace import GuestLog, Tracer
 from pyvmm.machine.config import VmConfig
 from pyvmm.machine.console import open_console
 from pyvmm.machine.machine import Machine
+from tests.fakes.rom import build_rom
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,52 +24,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
-
-#: The body runs in real mode at F000:0000 with DS and ES 0 and a stack; EXIT ends the run with status (value << 1) | 1.
-_ROM = """
-.code16
-.section .text
-.macro EXIT value
-    movb $\\value, %al
-    outb %al, $0xf4
-    hlt
-.endm
-start:
-    xorw %ax, %ax
-    movw %ax, %ds
-    movw %ax, %es
-    movw %ax, %ss
-    movw $0x7000, %sp
-    cld
-BODY
-.code16
-.org 0xfff0
-    ljmp $0xf000, $start
-.org 0x10000
-"""
-
-#: Goes on in flat 32-bit protected mode; to be put first in the body.
-PROTECTED_MODE = """
-    cli
-    lgdtl %cs:gdt_pointer
-    movl %cr0, %eax
-    orb $1, %al
-    movl %eax, %cr0
-    ljmpl $8, $(0xf0000 + protected)
-.balign 8
-gdt:
-    .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
-gdt_pointer:
-    .word 23
-    .long 0xf0000 + gdt
-.code32
-protected:
-    movw $16, %ax
-    movw %ax, %ds
-    movw %ax, %es
-    movw %ax, %ss
-    movl $0x7000, %esp
-"""
 
 
 class RunningVm:
@@ -113,14 +68,7 @@ class Roms:
 
     def build(self, body: str) -> Path:
         """Assemble a ROM; return its file."""
-        name = self._folder / f"rom{len(list(self._folder.iterdir()))}"
-        source, binary = name.with_suffix(".S"), name.with_suffix(".bin")
-        source.write_text(_ROM.replace("BODY", body))
-        subprocess.run(["as", "--32", "-o", str(name), str(source)], check=True)
-        link = ["ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0", "-e", "0", "-o", str(binary), str(name)]
-        subprocess.run(link, check=True)
-        assert binary.stat().st_size == 0x10000
-        return binary
+        return build_rom(body, self._folder / f"rom{len(list(self._folder.iterdir()))}")
 
     def cli(self, body: str, *options: str, seconds: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         """Run a ROM with ``pyvmm run``."""

@@ -15,7 +15,7 @@ from pyvmm.core.device import GuestViolation
 from pyvmm.core.kvm.vp import Vp
 from pyvmm.machine.config import DiskConfig
 from pyvmm.machine.machine import Machine, MachineError
-from tests.kvm.conftest import PROTECTED_MODE
+from tests.fakes.rom import PROTECTED_MODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
