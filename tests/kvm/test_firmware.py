@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from tests.fakes.rom import PROTECTED_MODE
 
 if TYPE_CHECKING:
     from tests.kvm.conftest import Roms
+from tests.kvm.conftest import PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.kvm
 
@@ -89,6 +92,15 @@ def test_a_guest_that_never_ends_is_stopped_in_time(roms: Roms, body: str) -> No
     result = roms.cli(body, seconds=0.3)
     assert result.returncode == 124
     assert result.stderr == "pyvmm: stopped after 0.3 s\n"
+
+
+def test_a_reader_that_takes_no_output_does_not_keep_a_guest_from_its_timeout(roms: Roms) -> None:
+    rom = roms.build("movw $0x3f8, %dx\nagain:\n outb %al, %dx\n jmp again")
+    command = [sys.executable, "-m", "pyvmm", "run", "--firmware", str(rom), "--com1", "stdio", "--timeout", "0.5"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.wait(PATIENCE_S) == 124
+        assert process.stdout is not None
+        assert len(process.stdout.read()) >= 4096
 
 
 def test_a_triple_fault_is_a_crash_with_its_story(roms: Roms) -> None:
