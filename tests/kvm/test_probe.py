@@ -81,4 +81,5 @@ def test_a_crash_report_is_shown_with_its_parameters_and_message(probe: Path, tm
 def test_a_triple_fault_is_diagnosed_with_the_instruction(probe: Path, tmp_path: Path) -> None:
     result = run(probe, tmp_path, cmdline="probe.triple")
     assert "triple fault" in result.stderr
-    assert "ud2" in result.stderr
+    # An AMD processor loses the VP's state with the fault.
+    assert "ud2" in result.stderr or "KVM has reset the VP since" in result.stderr
