@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 from typing import TYPE_CHECKING
 
+from enlightenments import hypercall_page
+from enlightenments.catalog import HVCALL_SIGNAL_EVENT, MSR_GUEST_OS_ID, MSR_HYPERCALL
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -53,6 +56,30 @@ protected:
     movw %ax, %ss
     movl $0x7000, %esp
 """
+
+#: Has the hypercall page laid over `HYPERCALL_PAGE`; real-mode code calls it as a 32-bit caller does.
+SHOW_HYPERCALL_PAGE = f"""
+    movl ${MSR_GUEST_OS_ID}, %ecx
+    movl $1, %eax
+    xorl %edx, %edx
+    wrmsr
+    movl ${MSR_HYPERCALL}, %ecx
+    movl $0xfe001, %eax
+    wrmsr
+"""
+#: To be put last. A VMM without hypercalls runs the same code, from the ROM.
+HYPERCALL_PAGE = f".org 0xe000\nhypercall_page: .byte {','.join(map(str, hypercall_page.CONTENT[:16]))}\n"
+
+
+def ring(connection: int) -> str:
+    """HvSignalEvent in its fast form. TLFS v6.0b, chapter 11.11."""
+    return f"""
+    movl ${1 << 16 | HVCALL_SIGNAL_EVENT}, %eax
+    xorl %edx, %edx
+    movl ${connection}, %ecx
+    xorl %ebx, %ebx
+    call hypercall_page
+    """
 
 
 def build_rom(body: str, name: Path) -> Path:

@@ -1,0 +1,30 @@
+"""The benchmarks' guests do what is measured, and each figure has its samples. How long they take is not tested."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.bench import exits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.bench.figures import Figure
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.mark.parametrize("measure", [exits.pio, exits.doorbell, exits.msr], ids=lambda measure: measure.__name__)
+def test_loops_leave_the_guest_as_often_as_they_should(
+    measure: Callable[[Path, int], list[Figure]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exits, "_EXITS", 80)
+    monkeypatch.setattr(exits, "_RINGS", 20)
+    figures = measure(tmp_path, 2)
+    assert len(figures) == 2
+    for figure in figures:
+        assert all(value > 0 for value in figure.ours.values)
+        assert figure.rival is None or len(figure.rival.values) == len(figure.ours.values) == 2
