@@ -33,6 +33,7 @@ def run(
     work: Path,
     *,
     cpus: int = 1,
+    memory: str = "64M",
     cmdline: str = "",
     enlightenments: str = "full",
     disk: bool = True,
@@ -43,7 +44,7 @@ def run(
     `timeout` is in seconds. Without VMBus among the `enlightenments` there can be no disk.
     """
     console = work / "com1.txt"
-    command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus), "--memory", "64M"]
+    command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus), "--memory", memory]
     command += ["--com1", f"file:{console}", "--no-reboot", "--timeout", str(timeout)]
     command += ["--cmdline", cmdline, "--enlightenments", enlightenments]
     if disk:

@@ -44,6 +44,14 @@ def test_everything_is_as_expected(probe: Path, tmp_path: Path, cpus: int) -> No
     assert found.get("smp.started") == (hex(cpus - 1) if cpus > 1 else None)
 
 
+def test_64_vps_and_more_memory_than_the_host_has(probe: Path, tmp_path: Path) -> None:
+    host_kib = next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    gibibytes = max(64, 2 * int(host_kib) >> 20)
+    result = run(probe, tmp_path, cpus=64, memory=f"{gibibytes}GiB")
+    assert_as_expected(result)
+    assert {finding.full_name: finding.value for finding in result.report.findings}["smp.started"] == hex(63)
+
+
 @pytest.mark.skipif(not Path("/sys/module/kvm_pvm").exists(), reason="the limit is for kvm_pvm")
 def test_the_whole_run_takes_less_than_three_seconds(probe: Path, tmp_path: Path) -> None:
     assert run(probe, tmp_path, cpus=4).seconds < 3
