@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 EXIT_POWEROFF, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 2, 3, 4, 5, 124
 
+_INSPECT_WAIT_S = 1.0
+
 #: VMBus connection ids that a guest first posts to: from protocol 5.0 on the second.
 _VMBUS_CONNECTIONS = (1, 4)
 
@@ -467,15 +469,26 @@ class Machine:
             "vps": [
                 {
                     "exits": {abi.EXIT_NAMES.get(reason, str(reason)): n for reason, n in counts["exits"].items()},
-                    "registers": processor.registers() if self._state != "running" else None,
+                    "registers": registers,
                 }
-                for processor, counts in zip(self.processors, vps, strict=True)
+                for counts, registers in zip(vps, self._registers(), strict=True)
             ],
             "partition": self.partition.inspect(),
             "board": self.board.inspect(),
             "console": self._console.inspect(),
             "synthetic": self._synthetic.inspect() if self._synthetic is not None else None,
         }
+
+    def _registers(self) -> list[dict[str, str] | None]:
+        """Those of parked VPs: KVM makes whoever asks for those of a running one wait until it leaves the guest."""
+        unknown: list[dict[str, str] | None] = [None] * len(self.processors)
+        if not self._lifecycle.acquire(timeout=_INSPECT_WAIT_S):  # halting takes long: a device is busy
+            return unknown
+        try:
+            parked = self._state != "running" and self._vm.fd >= 0
+            return [processor.registers() for processor in self.processors] if parked else unknown
+        finally:
+            self._lifecycle.release()
 
 
 def _sum_hex(dicts: Any) -> dict[str, int]:

@@ -289,6 +289,20 @@ def test_states_that_do_not_allow_a_request_refuse_it(roms: Roms) -> None:
     machine.close()
 
 
+def test_inspect_shows_registers_of_parked_vps_only(roms: Roms) -> None:
+    vm = roms.start(COUNT)
+    counting(vm)
+    assert [entry["registers"] for entry in vm.machine.inspect()["vps"]] == [None]
+    vm.machine.pause()
+    (found,) = (entry["registers"] for entry in vm.machine.inspect()["vps"])
+    assert int(found["rsp"], 16) == 0x7000
+    vm.machine.stop(0)
+    vm.wait()
+    assert vm.machine.inspect()["vps"][0]["registers"] == found
+    vm.machine.close()
+    assert vm.machine.inspect()["vps"][0]["registers"] is None
+
+
 def test_a_reset_from_outside_works_without_reboots_too(roms: Roms) -> None:
     vm = roms.start("incl 0x504\n" + COUNT, reboot=False)
     for boots in range(1, 4):
