@@ -1,7 +1,7 @@
 """The ``pyvmm`` command. Each subcommand is a module with ``add_parser(subparsers)`` and ``run(args) -> int``.
 
-Only the module of the command that was asked for is imported, and argparse only where `pyvmm run` can do without
-it, because `pyvmm run` is judged by the time until its guest executes the first instruction.
+Only the module of the command that was asked for is imported, because `pyvmm run` is judged by the time until its
+guest executes the first instruction.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyvmm.machine.config import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
 COMMANDS = ("run", "ctl", "config", "doctor", "completion")
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; errors become one line on standard error."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parse(words)
+        from pyvmm.cli.parser import build_parser
+
+        args = build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -64,18 +66,6 @@ def entry() -> NoReturn:
         except (AttributeError, OSError):  # closed, or nobody reads it any more
             pass
     os._exit(status)
-
-
-def _parse(words: list[str]) -> Any:
-    if words[:1] == ["run"]:
-        from pyvmm.cli import run
-
-        args = run.read_plain(words[1:])
-        if args is not None:
-            return args
-    from pyvmm.cli.parser import build_parser
-
-    return build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
 
 
 def _debug() -> None:

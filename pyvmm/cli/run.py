@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-# The module `signal` wraps this one in enums, which take longer to import than a VM to make.
-import _signal  # type: ignore[import-not-found]
+import argparse
 import gc
 import os
+import signal
 import sys
-from types import SimpleNamespace
 
 from pyvmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, CliError
 from pyvmm.core.trace import CATEGORIES, GuestLog, Tracer
-from pyvmm.machine.config import DESCRIPTIONS, ConfigError, VmConfig, check_files, parse_disk, parse_size, validate
+from pyvmm.machine.config import DESCRIPTIONS, VmConfig, check_files, parse_disk, parse_size, validate
 from pyvmm.machine.console import open_console
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
     from types import FrameType
     from typing import Any, TextIO
 
@@ -33,65 +30,8 @@ _EPILOG = (
 )
 
 
-class Option:
-    """One option: either `read` makes its value from the text that follows it, or it is a switch that sets `value`.
-
-    `field` is a field of VmConfig, or of the command itself. A `repeated` option collects a list.
-    """
-
-    __slots__ = ("field", "flag", "help", "metavar", "read", "repeated", "value")
-
-    def __init__(
-        self,
-        flag: str,
-        metavar: str | None = None,
-        read: Callable[[str], object] = str,
-        *,
-        field: str | None = None,
-        value: bool = True,
-        repeated: bool = False,
-        help: str | None = None,
-    ) -> None:
-        self.flag = flag
-        self.field = field or flag[2:].replace("-", "_")
-        self.metavar = metavar
-        self.read = read
-        self.value = value
-        self.repeated = repeated
-        self.help = help or DESCRIPTIONS[self.field]
-
-
-OPTIONS = (
-    Option("--kernel", "FILE"),
-    Option("--initrd", "FILE"),
-    Option("--cmdline", "TEXT"),
-    Option("--firmware", "FILE"),
-    Option("--cpus", "N", int),
-    Option("--memory", "SIZE", parse_size),
-    Option("--huge-pages"),
-    Option(
-        "--disk",
-        "PATH[,readonly][,controller=N]",
-        parse_disk,
-        field="disks",
-        repeated=True,
-        help="add a raw disk image; may be given again",
-    ),
-    Option("--enlightenments", "SPEC"),
-    Option("--com1", "stdio|file:P|unix:P|none"),
-    Option("--control", "SOCKET"),
-    Option("--timeout", "S", float),
-    Option("--no-reboot", field="reboot", value=False, help="end with status 3 when the guest resets"),
-    Option("--testdev"),
-    Option("--trace", "LIST", help=f"write events to stderr: {','.join(CATEGORIES)} or all"),
-    Option("--report", "FILE", help="write what 'ctl inspect' shows to FILE at the end, as JSON"),
-)
-
-
 def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     """Add the ``run`` command. An option that is not given leaves no trace in the namespace."""
-    import argparse
-
     parser = subparsers.add_parser(
         "run",
         help="start a VM in the foreground",
@@ -99,50 +39,35 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         epilog=_EPILOG,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("vm", nargs="?", metavar="VM.toml", default=None, help="VM file; see 'pyvmm config'")
-    for option in OPTIONS:
-        settings: dict[str, Any] = {"dest": option.field, "help": option.help}
-        if option.metavar is None:
-            settings["action"] = "store_true" if option.value else "store_false"
-        else:
-            settings.update(metavar=option.metavar, type=option.read, action="append" if option.repeated else "store")
-        parser.add_argument(option.flag, **settings)
+    add = parser.add_argument
+    add("vm", nargs="?", metavar="VM.toml", default=None, help="VM file; see 'pyvmm config'")
+    add("--kernel", metavar="FILE", help=DESCRIPTIONS["kernel"])
+    add("--initrd", metavar="FILE", help=DESCRIPTIONS["initrd"])
+    add("--cmdline", metavar="TEXT", help=DESCRIPTIONS["cmdline"])
+    add("--firmware", metavar="FILE", help=DESCRIPTIONS["firmware"])
+    add("--cpus", metavar="N", type=int, help=DESCRIPTIONS["cpus"])
+    add("--memory", metavar="SIZE", type=parse_size, help=DESCRIPTIONS["memory"])
+    add("--huge-pages", action="store_true", help=DESCRIPTIONS["huge_pages"])
+    add(
+        "--disk",
+        metavar="PATH[,readonly][,controller=N]",
+        dest="disks",
+        action="append",
+        type=parse_disk,
+        help="add a raw disk image; may be given again",
+    )
+    add("--enlightenments", metavar="SPEC", help=DESCRIPTIONS["enlightenments"])
+    add("--com1", metavar="stdio|file:P|unix:P|none", help=DESCRIPTIONS["com1"])
+    add("--control", metavar="SOCKET", help=DESCRIPTIONS["control"])
+    add("--timeout", metavar="S", type=float, help=DESCRIPTIONS["timeout"])
+    add("--no-reboot", dest="reboot", action="store_false", help="end with status 3 when the guest resets")
+    add("--testdev", action="store_true", help=DESCRIPTIONS["testdev"])
+    add("--trace", metavar="LIST", help=f"write events to stderr: {','.join(CATEGORIES)} or all")
+    add("--report", metavar="FILE", help="write what 'ctl inspect' shows to FILE at the end, as JSON")
     parser.set_defaults(run=run)
 
 
-def read_plain(words: list[str]) -> SimpleNamespace | None:
-    """What argparse makes of these words, 8 ms sooner; None where it is to judge for itself: help, errors, rarities."""
-    options = {option.flag: option for option in OPTIONS}
-    values: dict[str, Any] = {"vm": None, "run": run}
-    rest = iter(words)
-    for word in rest:
-        flag, equals, text = word.partition("=")
-        option = options.get(flag)
-        if option is None:
-            if not word or word.startswith("-") or values["vm"] is not None:
-                return None
-            values["vm"] = word
-        elif option.metavar is None:
-            if equals:
-                return None
-            values[option.field] = option.value
-        else:
-            if not equals:
-                text = next(rest, "-")
-                if text.startswith("-"):
-                    return None
-            try:
-                value = option.read(text)
-            except (ConfigError, ValueError):
-                return None
-            if option.repeated:
-                values.setdefault(option.field, []).append(value)
-            else:
-                values[option.field] = value
-    return SimpleNamespace(**values)
-
-
-def run(args: argparse.Namespace | SimpleNamespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the VM to its end and return the exit status it gives."""
     given = vars(args)
     config = resolve(args)
@@ -163,7 +88,7 @@ def run(args: argparse.Namespace | SimpleNamespace) -> int:
     return outcome.exit_code
 
 
-def resolve(args: argparse.Namespace | SimpleNamespace) -> VmConfig:
+def resolve(args: argparse.Namespace) -> VmConfig:
     """The VM that the file and options ask for; raises ConfigError unless it can be built."""
     if args.vm is None:
         config = VmConfig()
@@ -209,7 +134,7 @@ def _run_machine(config: VmConfig, tracer: Tracer, console: Console, report: Tex
             control.close()
         machine.close()
         for number, handler in handlers.items():
-            _signal.signal(number, handler)
+            signal.signal(number, handler)
 
 
 def _serve(path: str, machine: Machine, name: str) -> ControlServer:
@@ -237,7 +162,7 @@ def _stop_on_signals(machine: Machine, console: Console) -> dict[int, Any]:
         message = f"stopped by {signal.Signals(number).name}"
         threading.Thread(target=machine.stop, args=(128 + number, message), name="stop").start()
 
-    return {number: _signal.signal(number, stop) for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)}
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 def _open_report(path: str) -> TextIO:
