@@ -170,6 +170,7 @@ class Partition(Ports):
     def add_synic(self, vm_fd: int, apic_id: int) -> _hot.SynIC:
         """Make the SynIC of the next VP."""
         synic = _hot.SynIC(self._memory.hot, vm_fd, len(self.synics), apic_id)
+        synic.direct_timers = "stimer-direct" in self.chosen
         self.synics.append(synic)
         return synic
 

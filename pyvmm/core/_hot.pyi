@@ -80,6 +80,9 @@ class SynIC:
     reference time in 100 ns. With `vm_fd` -1 interrupts are not sent to KVM but kept for `take_interrupts`.
     """
 
+    direct_timers: bool
+    """Whether timers may be set to direct mode; off at first, which makes their direct bit a reserved one."""
+
     def __init__(self, memory: Memory, vm_fd: int, vp_index: int, apic_id: int, /) -> None: ...
     def set_space_event(self, eventfd: int, /) -> None:
         """Write to `eventfd` when a queue that refused a message has room again; -1 for none."""

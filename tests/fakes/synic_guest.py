@@ -35,6 +35,7 @@ class SynicGuest:
         self.rom = bytearray(b"R" * 0x1000)
         memory.add(0x100000, self.rom, True)
         self.synic = _hot.SynIC(memory, -1, 0, 0)
+        self.synic.direct_timers = True
         self.now = 1000
 
     def write(self, index: int, value: int) -> bool:

@@ -135,14 +135,15 @@ def whole_life(vmlinux: str, initrd: str) -> dict[str, Any]:
 
 
 def old_protocol(vmlinux: str, initrd: str, version: int) -> dict[str, Any]:
-    """Boot a guest that may only speak an older protocol."""
+    """Boot a guest that may only speak an older protocol and reboots itself once; cut its power."""
     vm = Vm(
         *("--kernel", vmlinux, "--initrd", initrd, "--memory", "512M", "--cpus", "2", "--timeout", "100"),
+        *("--control", CONTROL),
         *("--cmdline", f"console=ttyS0 quiet panic=-1 hv_vmbus.max_version={version}"),
         *("--disk", image("old.img", 32)),
     )
-    vm.until("done")
-    return vm.end()
+    steps = {"poweroff": ctl("poweroff")} if vm.until("ready", "poweroff") else {}
+    return {**vm.end(), "steps": steps}
 
 
 def main() -> None:

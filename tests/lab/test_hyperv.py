@@ -23,10 +23,16 @@ _SCSI, _SHUTDOWN, _TIMESYNC, _HEARTBEAT = (
 )
 _OLD_GUEST = """
 result vmbus "$(dmesg | grep -o 'Vmbus version:.*')"
+if [ "$(head -c 6 /dev/sda)" != REBOOT ]; then
+    echo REBOOT | dd of=/dev/sda bs=512 conv=sync 2>/dev/null && sync
+    exec /sbin/reboot
+fi
+result rebooted 1
 dd if=/dev/urandom of=/tmp/x bs=1M count=4 2>/dev/null
 dd if=/tmp/x of=/dev/sda bs=1M 2>/dev/null && sync && echo 3 >/proc/sys/vm/drop_caches
 cmp -n 4194304 /tmp/x /dev/sda && result same 1
-result done 1
+result ready poweroff
+sleep 100
 """
 
 
@@ -137,8 +143,21 @@ def test_no_channel_broke_and_nothing_was_violated(life: dict[str, Any]) -> None
     assert all(channel["broken"] is None for channel in synthetic["channels"])
 
 
-def test_guest_limited_to_protocol_2_4_has_its_disk_too(session: Session) -> None:
-    old = session.report("old")
+@pytest.fixture(scope="module")
+def old(session: Session) -> dict[str, Any]:
+    report: dict[str, Any] = session.report("old")
+    return report
+
+
+def test_guest_limited_to_protocol_2_4_has_its_disk_too(old: dict[str, Any]) -> None:
     assert told(old, "vmbus") == "Vmbus version:2.4"
     assert told(old, "same") == "1"
+
+
+def test_guest_that_reboots_itself_comes_back(old: dict[str, Any]) -> None:
+    assert told(old, "rebooted") == "1"
+
+
+def test_power_is_cut_by_ctl(old: dict[str, Any]) -> None:
+    assert old["steps"]["poweroff"]["exit"] == 0, old["steps"]
     assert old["exit"] == 0, old["stderr"]

@@ -162,6 +162,12 @@ def test_direct_mode_needs_no_synic() -> None:
     assert guest.interrupts() == [0xEC]
 
 
+def test_direct_mode_faults_where_it_is_not_offered(guest: SynicGuest) -> None:
+    guest.synic.direct_timers = False
+    assert not guest.write(config(), ENABLE | to_vector(0xEC))
+    assert guest.read(config()) == 0
+
+
 @pytest.mark.parametrize("bit", [13, 14, 15, 20, 21, 31, 32, 63])
 def test_reserved_bits_fault_and_change_nothing(guest: SynicGuest, bit: int) -> None:
     guest.write(config(), to_sint(3))

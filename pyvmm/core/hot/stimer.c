@@ -51,7 +51,7 @@ bool stimer_write(SynICObject *self, unsigned reg, uint64_t value, uint64_t now)
 		else if (timer->config & CONFIG_AUTO_ENABLE)
 			timer->config |= CONFIG_ENABLE;
 	} else {
-		if (value & CONFIG_RESERVED)
+		if (value & (CONFIG_RESERVED | (self->direct_timers ? 0 : CONFIG_DIRECT)))
 			return false;
 		// A message needs a SINT other than 0, which belongs to the hypervisor.
 		if (!(value & CONFIG_DIRECT) && !config_sint(value))

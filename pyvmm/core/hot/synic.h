@@ -51,6 +51,7 @@ struct SynICObject {
 	uint64_t messages_delivered;
 	uint64_t messages_dropped;
 	uint64_t interrupts_raised;
+	char direct_timers;  // whether a timer may interrupt without a message
 	unsigned kept_count; // with no VM to interrupt
 	uint8_t kept[KEPT_INTERRUPTS];
 };

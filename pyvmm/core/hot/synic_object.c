@@ -2,6 +2,8 @@
 
 #include "synic.h"
 
+#include <structmember.h>
+
 static PyObject *synic_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs))
 {
 	PyObject *memory;
@@ -332,6 +334,11 @@ static PyMethodDef synic_methods[] = {
 	{0},
 };
 
+static PyMemberDef synic_members[] = {
+	{"direct_timers", T_BOOL, offsetof(SynICObject, direct_timers), 0, NULL},
+	{0},
+};
+
 PyTypeObject SynIC_Type = {
 	PyVarObject_HEAD_INIT(NULL, 0)
 	.tp_name = "pyvmm.core._hot.SynIC",
@@ -340,4 +347,5 @@ PyTypeObject SynIC_Type = {
 	.tp_new = synic_new,
 	.tp_dealloc = (destructor)synic_dealloc,
 	.tp_methods = synic_methods,
+	.tp_members = synic_members,
 };
