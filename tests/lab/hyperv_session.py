@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ DISKS = Path("/tmp/hyperv")  # not on the shared file system, which has no disca
 CONTROL = str(DISKS / "control")
 MIB = 1 << 20
 GUEST_SECONDS = 240.0
+_GRACE_SECONDS = 20.0  # for a pyvmm that ends by its --timeout
 
 
 class Vm:
@@ -29,7 +31,9 @@ class Vm:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         )
+        self._deadline = time.monotonic() + GUEST_SECONDS + _GRACE_SECONDS
         self.results: dict[str, str] = {}
         self.clocks: list[tuple[float, float]] = []
         self.console = ""
@@ -38,8 +42,7 @@ class Vm:
     def until(self, key: str, value: str | None = None) -> bool:
         """Read the console until the guest reports `key` (with `value`); False if it never did."""
         assert self.process.stdout is not None
-        deadline = time.monotonic() + GUEST_SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < self._deadline:
             if key in self.results and value in (None, self.results[key]):
                 return True
             if not select.select([self.process.stdout], [], [], 1)[0]:
@@ -64,9 +67,9 @@ class Vm:
     def end(self) -> dict[str, Any]:
         """Wait for the process; return all there is to tell."""
         try:
-            stdout, stderr = self.process.communicate(timeout=GUEST_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+            stdout, stderr = self.process.communicate(timeout=max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it outlived its own --timeout: have it tell where its threads are
+            self.process.send_signal(signal.SIGABRT)
             stdout, stderr = self.process.communicate()
         for line in stdout.decode(errors="replace").splitlines():
             self._line(line.strip(), time.time())
@@ -80,12 +83,13 @@ class Vm:
 
 
 def ctl(*arguments: str) -> dict[str, Any]:
-    """``pyvmm ctl``: its exit status and JSON output."""
+    """``pyvmm ctl``: its exit status and JSON output. It ends by itself, whatever the VM does."""
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", "ctl", CONTROL, *arguments, "-o", "json"],
         capture_output=True,
         text=True,
         check=False,
+        timeout=GUEST_SECONDS,
     )
     try:
         reply = json.loads(done.stdout)

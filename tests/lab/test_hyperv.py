@@ -46,7 +46,7 @@ def session(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory)
         "import os, sys; from tests.lab import hyperv_session; "
         "sys.argv.append(os.environ['PYVMM_LAB_RESULTS'] + '/data.img'); hyperv_session.main()",
         *arguments,
-        timeout=800,
+        timeout=700,
     )
 
 
