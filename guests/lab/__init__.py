@@ -7,6 +7,6 @@ at the same paths. See docs/lab.md.
 
 from __future__ import annotations
 
-from guests.lab.machine import LabError, LabTimeout, Result, run
+from guests.lab.machine import LabError, LabStandstill, LabTimeout, Result, run
 
-__all__ = ["LabError", "LabTimeout", "Result", "run"]
+__all__ = ["LabError", "LabStandstill", "LabTimeout", "Result", "run"]

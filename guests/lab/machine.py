@@ -32,6 +32,8 @@ _BOOT_MODULES = (
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on"
 _POWER_OFF_SECONDS = 10
 _CONSOLE_LINES_SHOWN = 20
+_LOOK_SECONDS = 5
+_STANDSTILL_SECONDS = 60
 
 
 class LabError(Exception):
@@ -44,6 +46,10 @@ class LabError(Exception):
 
 class LabTimeout(LabError):
     """The command did not end in time."""
+
+
+class LabStandstill(LabError):
+    """QEMU's processor sleeps and no interrupt wakes it any more: a fault of its SVM emulation, see docs/lab.md."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +156,20 @@ class _Machine:
         reports = bytearray()
         running = ended = None
         deadline = None if timeout is None else self._started + timeout
+        moved, ticks = self._started, 0
         try:
             with selectors.DefaultSelector() as selector:
                 for reader, sink in zip(self._readers, (on_stdout, on_stderr, reports.extend), strict=True):
                     selector.register(reader, selectors.EVENT_READ, sink)
                 while selector.get_map():
-                    ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                    if not ready:
+                    left = _LOOK_SECONDS if deadline is None else deadline - time.monotonic()
+                    ready = selector.select(min(max(0.0, left), _LOOK_SECONDS))
+                    now = time.monotonic()
+                    if ready or ticks != (ticks := self._cpu_ticks()):
+                        moved = now
+                    if now - moved >= _STANDSTILL_SECONDS:
+                        raise LabStandstill("the lab's processor stands still", self._console_end())
+                    if not ready and deadline is not None and now >= deadline:
                         break
                     for key, _ in ready:
                         data = os.read(key.fd, 65536)
@@ -176,6 +189,12 @@ class _Machine:
         if deadline is not None and time.monotonic() >= deadline:
             raise LabTimeout(f"the lab's time of {timeout:g} s ran out during {place}", self._console_end())
         raise LabError(f"the lab went down during {place}", self._console_end())
+
+    def _cpu_ticks(self) -> int:
+        """Processor time that QEMU has used; even an idle lab uses some every second."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        utime, stime = stat.rpartition(")")[2].split()[11:13]
+        return int(utime) + int(stime)
 
     def _end(self) -> None:
         self._process.kill()

@@ -44,6 +44,9 @@ class Session:
 
 StartSession = Callable[..., Session]
 
+_ATTEMPTS = 3
+"""How often a session is started whose lab comes to a standstill."""
+
 
 @pytest.fixture(scope="session")
 def lab_session(tmp_path_factory: pytest.TempPathFactory) -> StartSession:
@@ -55,6 +58,14 @@ def lab_session(tmp_path_factory: pytest.TempPathFactory) -> StartSession:
         pytest.skip("already inside the lab")
 
     def start(*arguments: str, cpus: int = 1, memory_mib: int = 4096, timeout: float = 300) -> Session:
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return attempt(*arguments, cpus=cpus, memory_mib=memory_mib, timeout=timeout)
+            except lab.LabStandstill as error:  # QEMU's fault, not that of what is tested
+                print(error)
+        return attempt(*arguments, cpus=cpus, memory_mib=memory_mib, timeout=timeout)
+
+    def attempt(*arguments: str, cpus: int, memory_mib: int, timeout: float) -> Session:
         results = tmp_path_factory.mktemp("lab")
         stdout, stderr = bytearray(), bytearray()
         try:
@@ -67,6 +78,8 @@ def lab_session(tmp_path_factory: pytest.TempPathFactory) -> StartSession:
                 on_stdout=stdout.extend,
                 on_stderr=stderr.extend,
             )
+        except lab.LabStandstill:
+            raise
         except lab.LabError as error:
             said = (stdout + stderr).decode(errors="replace")
             pytest.fail(f"{error}\n{error.console}\n{said[-4000:]}")
