@@ -6,31 +6,22 @@ see ``pyvmm/core/hot/vp.c``.
 
 from __future__ import annotations
 
-from enlightenments.catalog import HVCALL_POST_MESSAGE
+from enlightenments.tlfs import (
+    HVCALL_POST_MESSAGE,
+    INSUFFICIENT_BUFFERS,
+    INVALID_ALIGNMENT,
+    INVALID_CONNECTION_ID,
+    INVALID_HYPERCALL_CODE,
+    INVALID_HYPERCALL_INPUT,
+    INVALID_PARAMETER,
+    SUCCESS,
+)
 from pyvmm.core.memory import PAGE_SIZE, GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from enlightenments.ports import MessageHandler
     from pyvmm.core.memory import GuestMemory
-
-SUCCESS = 0
-INVALID_HYPERCALL_CODE = 2
-INVALID_HYPERCALL_INPUT = 3
-INVALID_ALIGNMENT = 4
-INVALID_PARAMETER = 5
-INVALID_CONNECTION_ID = 0x12
-INSUFFICIENT_BUFFERS = 0x13
-
-STATUS_NAMES = {
-    SUCCESS: "success",
-    INVALID_HYPERCALL_CODE: "invalid hypercall code",
-    INVALID_HYPERCALL_INPUT: "invalid hypercall input",
-    INVALID_ALIGNMENT: "invalid alignment",
-    INVALID_PARAMETER: "invalid parameter",
-    INVALID_CONNECTION_ID: "invalid connection id",
-    INSUFFICIENT_BUFFERS: "insufficient buffers",
-}
 
 _FAST = 1 << 16
 _MESSAGE_HEADER = 16

@@ -8,7 +8,10 @@ from __future__ import annotations
 import time
 
 from enlightenments import catalog, hypercall_page
-from enlightenments.catalog import (
+from enlightenments.hypercalls import Hypercalls
+from enlightenments.overlay import OverlayPage
+from enlightenments.ports import Ports
+from enlightenments.tlfs import (
     HVCALL_SIGNAL_EVENT,
     MSR_APIC_FREQUENCY,
     MSR_CRASH_CTL,
@@ -16,15 +19,18 @@ from enlightenments.catalog import (
     MSR_GUEST_IDLE,
     MSR_GUEST_OS_ID,
     MSR_HYPERCALL,
+    MSR_REENLIGHTENMENT_CONTROL,
     MSR_REFERENCE_TSC,
     MSR_RESET,
+    MSR_TSC_EMULATION_CONTROL,
+    MSR_TSC_EMULATION_STATUS,
     MSR_TSC_FREQUENCY,
+    MSR_TSC_INVARIANT_CONTROL,
     MSR_VP_ASSIST_PAGE,
     MSR_VP_INDEX,
     MSR_VP_RUNTIME,
+    STATUS_NAMES,
 )
-from enlightenments.hypercalls import STATUS_NAMES, Hypercalls
-from enlightenments.ports import Ports
 from pyvmm.core import _hot
 from pyvmm.core.memory import PAGE_SIZE, GuestMemoryError
 
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from enlightenments.ports import MessageHandler
+    from enlightenments.selection import Selection
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import Tracer
 
@@ -45,48 +52,23 @@ _LOCKED = 2
 _PAGE_ADDRESS = ~0xFFF & (1 << 64) - 1
 _CRASH_NOTIFY = 1 << 63
 _CRASH_MESSAGE = 1 << 62
+_REENLIGHTENMENT_VECTOR = 0xFF
+_REENLIGHTENMENT_ENABLE = 1 << 16
+_REENLIGHTENMENT_VP = 0xFFFF_FFFF << 32
 #: The longest that one read of the idle MSR waits. The guest looks again for itself, so a short wait is allowed.
 _IDLE_SECONDS = 0.001
 
 
-class OverlayPage:
-    """A page that the hypervisor lays over guest memory: what was beneath comes back when it goes."""
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
-        self.gpa: int | None = None
-        self._beneath = b""
-
-    def place(self, gpa: int, content: bytes) -> bool:
-        """Lay `content` over the page at `gpa`; False if there is no RAM."""
-        try:
-            view = self._memory.view(gpa, PAGE_SIZE, write=True)
-        except GuestMemoryError:
-            return False
-        self.remove()
-        self._beneath = bytes(view)
-        view[:] = content
-        self.gpa = gpa
-        return True
-
-    def remove(self) -> None:
-        """Give the guest its own page back."""
-        if self.gpa is not None:
-            self._memory.write(self.gpa, self._beneath)
-            self.gpa = None
-
-    def save(self) -> dict[str, Any]:
-        """Where it lies and what is beneath."""
-        return {"gpa": self.gpa, "beneath": self._beneath}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The page itself is in guest memory, which is restored apart."""
-        gpa, beneath = state["gpa"], state["beneath"]
-        if gpa is not None and len(beneath) != PAGE_SIZE:
-            raise ValueError("what is beneath an overlay page is not a page")
-        if gpa is not None:
-            self._memory.view(gpa, PAGE_SIZE, write=True)
-        self.gpa, self._beneath = gpa, beneath
+#: The MSRs of the whole partition in saved state.
+_SAVED_MSRS = {
+    "guest_os_id": "_guest_os_id",
+    "hypercall": "_hypercall_msr",
+    "reference_tsc": "_reference_msr",
+    "reenlightenment": "_reenlightenment",
+    "tsc_emulation": "_tsc_emulation",
+    "tsc_emulated": "_tsc_emulated",
+    "tsc_invariant": "_tsc_invariant",
+}
 
 
 def _saved_u64(value: object) -> int:
@@ -105,7 +87,7 @@ class Partition(Ports):
     def __init__(
         self,
         memory: GuestMemory,
-        chosen: frozenset[str],
+        chosen: Selection,
         vp_count: int,
         tracer: Tracer,
         on_reset: Callable[[], None],
@@ -122,10 +104,10 @@ class Partition(Ports):
         self._on_crash = on_crash
         self._tsc_khz = 0
         self._vps: list[_hot.Vp] = []
-        offered = frozenset(code for name in chosen for code in catalog.ENLIGHTENMENTS[name].hypercalls)
+        offered = catalog.hypercalls_of(chosen.names)
         self._hypercalls = Hypercalls(memory, offered)
         self._signal_event_offered = HVCALL_SIGNAL_EVENT in offered
-        self._msrs_offered = catalog.msr_bitmap(chosen)
+        self._msrs_offered = catalog.msr_bitmap(chosen.names)
         self._hypercall_page = OverlayPage(memory)
         self._reference_page = OverlayPage(memory)
         self._power_on_state()
@@ -140,6 +122,10 @@ class Partition(Ports):
             MSR_APIC_FREQUENCY: lambda vp: APIC_HZ,
             MSR_VP_ASSIST_PAGE: lambda vp: self._assist[vp],
             MSR_GUEST_IDLE: self._idle,
+            MSR_REENLIGHTENMENT_CONTROL: lambda vp: self._reenlightenment,
+            MSR_TSC_EMULATION_CONTROL: lambda vp: self._tsc_emulation,
+            MSR_TSC_EMULATION_STATUS: lambda vp: self._tsc_emulated,
+            MSR_TSC_INVARIANT_CONTROL: lambda vp: self._tsc_invariant,
             MSR_CRASH_CTL: lambda vp: _CRASH_NOTIFY | _CRASH_MESSAGE,
             **{MSR_CRASH_P0 + i: lambda vp, i=i: self._crash[i] for i in range(5)},  # type: ignore[misc]
         }
@@ -149,6 +135,10 @@ class Partition(Ports):
             MSR_RESET: self._write_reset,
             MSR_REFERENCE_TSC: self._write_reference_tsc,
             MSR_VP_ASSIST_PAGE: self._write_assist_page,
+            MSR_REENLIGHTENMENT_CONTROL: self._write_reenlightenment,
+            MSR_TSC_EMULATION_CONTROL: self._write_tsc_emulation,
+            MSR_TSC_EMULATION_STATUS: self._write_tsc_emulated,
+            MSR_TSC_INVARIANT_CONTROL: self._write_tsc_invariant,
             MSR_CRASH_CTL: self._write_crash_control,
             **{MSR_CRASH_P0 + i: lambda vp, value, i=i: self._write_crash(i, value) for i in range(5)},  # type: ignore[misc]
         }
@@ -157,6 +147,10 @@ class Partition(Ports):
         self._guest_os_id = 0
         self._hypercall_msr = 0
         self._reference_msr = 0
+        self._reenlightenment = 0
+        self._tsc_emulation = 0
+        self._tsc_emulated = 0
+        self._tsc_invariant = 0
         self._assist = [0] * self.vp_count
         self._crash = [0] * 5
 
@@ -196,9 +190,8 @@ class Partition(Ports):
         """State of all MSRs as plain data."""
         return {
             "version": 1,
-            "guest_os_id": self._guest_os_id,
-            "hypercall": self._hypercall_msr,
-            "reference_tsc": self._reference_msr,
+            **{key: getattr(self, attribute) for key, attribute in _SAVED_MSRS.items()},
+            "tsc_khz": self._tsc_khz,
             "assist": list(self._assist),
             "crash": list(self._crash),
             "hypercall_page": self._hypercall_page.save(),
@@ -211,13 +204,11 @@ class Partition(Ports):
         try:
             if state["version"] != 1 or any(len(state[key]) != self.vp_count for key in ("synics", "assist")):
                 raise ValueError("not of version 1 with as many VPs")
-            self._guest_os_id, self._hypercall_msr, self._reference_msr, *crash = (
-                _saved_u64(value)
-                for value in (state["guest_os_id"], state["hypercall"], state["reference_tsc"], *state["crash"])
-            )
-            if len(crash) != 5:
+            for key, attribute in _SAVED_MSRS.items():
+                setattr(self, attribute, _saved_u64(state[key]))
+            self._crash = [_saved_u64(value) for value in state["crash"]]
+            if len(self._crash) != 5:
                 raise ValueError("not five crash parameters")
-            self._crash = crash
             self._assist = [_saved_u64(value) for value in state["assist"]]
             self._hypercall_page.restore(state["hypercall_page"])
             self._reference_page.restore(state["reference_page"])
@@ -230,7 +221,7 @@ class Partition(Ports):
     def inspect(self) -> dict[str, Any]:
         """What the guest has set up."""
         return {
-            "enlightenments": sorted(self.chosen),
+            "enlightenments": sorted(self.chosen.names),
             "guest_os_id": f"{self._guest_os_id:#x}",
             "hypercall_page": self._hypercall_page.gpa,
             "reference_page": self._reference_page.gpa,
@@ -332,6 +323,32 @@ class Partition(Ports):
             except GuestMemoryError:
                 return False
         self._assist[vp] = value
+        return True
+
+    def _write_reenlightenment(self, vp: int, value: int) -> bool:
+        if value & ~(_REENLIGHTENMENT_VECTOR | _REENLIGHTENMENT_ENABLE | _REENLIGHTENMENT_VP):
+            return False
+        if value & _REENLIGHTENMENT_ENABLE and (value >> 32 >= self.vp_count or value & _REENLIGHTENMENT_VECTOR < 16):
+            return False
+        self._reenlightenment = value
+        return True
+
+    def _write_tsc_emulation(self, vp: int, value: int) -> bool:
+        if value & ~1:
+            return False
+        self._tsc_emulation = value
+        return True
+
+    def _write_tsc_emulated(self, vp: int, value: int) -> bool:
+        if value:  # only the hypervisor begins
+            return False
+        self._tsc_emulated = 0
+        return True
+
+    def _write_tsc_invariant(self, vp: int, value: int) -> bool:
+        if value & ~1:
+            return False
+        self._tsc_invariant = value
         return True
 
     def _idle(self, vp: int) -> int:

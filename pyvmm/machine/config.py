@@ -175,10 +175,10 @@ def validate(config: VmConfig) -> None:
         if on_controller[disk.controller] > MAX_LUNS:
             raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
     split_com1(config.com1)
-    from enlightenments import catalog  # only where a VM is to be built, not for `pyvmm ctl`
+    from enlightenments.selection import parse_spec  # only where a VM is to be built, not for `pyvmm ctl`
 
     try:
-        chosen = catalog.parse_spec(config.enlightenments)
+        chosen = parse_spec(config.enlightenments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.disks and "vmbus" not in chosen:

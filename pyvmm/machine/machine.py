@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import threading
 
-from enlightenments import catalog
+from enlightenments import tlfs
+from enlightenments.selection import parse_spec
 from pyvmm.boot import layout
 from pyvmm.boot.entry import BootError
 from pyvmm.core import _hot
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from devices.storage.backend import Disk
+    from enlightenments.selection import Selection
     from pyvmm.boot.entry import EntryState
     from pyvmm.core.kvm.vp import Vp
     from pyvmm.core.trace import GuestLog, Tracer
@@ -77,7 +79,7 @@ class Machine:
         self._synthetic_lock = threading.Lock()
         self._disks: list[tuple[DiskConfig, Disk]] = []
         try:
-            chosen = catalog.parse_spec(config.enlightenments)
+            chosen = parse_spec(config.enlightenments)
         except ValueError as error:
             raise MachineError(str(error), EXIT_USAGE) from error
         if config.disks and "vmbus" not in chosen:
@@ -119,21 +121,26 @@ class Machine:
         system.require_capabilities()
         self._vm = system.create_vm()
         # In this order: once a VM has interrupt controllers, KVM takes some 10 ms to publish a filter or memory.
-        self._vm.trap_msrs(catalog.MSR_BASE, catalog.MSR_COUNT)
+        self._vm.trap_msrs(tlfs.MSR_BASE, tlfs.MSR_COUNT)
         for region in self.memory.regions:
             self._vm.add_memory(region)
         self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
 
-    def _assemble(self, system: System, chosen: frozenset[str]) -> None:
+    def _assemble(self, system: System, chosen: Selection) -> None:
         # KVM publishes interrupt controllers in the background, and the end of a VM waits for that: a VM that soon ends
         # gains by all that is only loaded now.
         from enlightenments.cpuid import hypervisor_leaves
         from enlightenments.partition import Partition
         from pyvmm.core.worker import Worker
         from pyvmm.machine.board import Board
-        from pyvmm.machine.processor import Processor, guest_cpuid, power_on_states
+        from pyvmm.machine.processor import Processor, guest_cpuid, host_features, power_on_states
 
         config = self.config
+        supported = system.supported_cpuid()
+        try:
+            chosen = chosen.on_host(host_features(system, supported))
+        except ValueError as error:
+            raise MachineError(str(error), EXIT_HOST) from error
         self._worker = Worker("board", self._on_worker_error, self._clock)
         self.partition = Partition(
             self.memory, chosen, config.cpus, self._tracer, self._on_guest_reset, self._on_guest_crash
@@ -150,7 +157,6 @@ class Machine:
             self._on_guest_reset,
             (lambda status: self._post(Outcome("exit", status & 0xFF))) if config.testdev else None,
         )
-        supported = system.supported_cpuid()
         address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
         hypervisor = hypervisor_leaves(chosen, config.cpus, address_bits)
         self.processors: list[Processor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from pyvmm.boot.entry import CODE_SELECTOR, DATA_SELECTOR
-from pyvmm.core.kvm import abi
+from pyvmm.core.kvm import abi, capabilities
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pyvmm.boot.entry import EntryState
     from pyvmm.core import _hot
+    from pyvmm.core.kvm.system import System
     from pyvmm.core.kvm.vp import Vp
 
 _CR0_PE, _CR0_NE, _CR0_PG = 1 << 0, 1 << 5, 1 << 31
@@ -134,6 +135,16 @@ class Processor:
     def _forbid(self) -> None:
         with self._changed:
             self._go = False
+
+
+def host_features(system: System, supported: list[abi.CpuidEntry]) -> set[str]:
+    """Which of `enlightenments.catalog.HOST_FEATURES` this host has; `supported` are the CPUID leaves of its KVM."""
+    features = set()
+    if system.check_extension(capabilities.HYPERV):
+        features.add("kvm-hyperv")
+    if any(leaf.function == 0x8000_0007 and leaf.edx >> 8 & 1 for leaf in supported):
+        features.add("invariant-tsc")
+    return features
 
 
 def guest_cpuid(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from enlightenments.catalog import MSR_TIME_REF_COUNT
+from enlightenments.tlfs import MSR_TIME_REF_COUNT
 from pyvmm.core.bus import BusHandler
 from pyvmm.core.kvm import abi
 from pyvmm.core.trace import GuestLog, Tracer

@@ -6,7 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from enlightenments import hypercall_page
-from enlightenments.catalog import HVCALL_SIGNAL_EVENT, MSR_GUEST_OS_ID, MSR_HYPERCALL
+from enlightenments.tlfs import HVCALL_SIGNAL_EVENT, MSR_GUEST_OS_ID, MSR_HYPERCALL
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from enlightenments.catalog import ENLIGHTENMENTS, PROFILES, parse_spec
+from enlightenments.catalog import ENLIGHTENMENTS
 from enlightenments.cpuid import hypervisor_leaves
+from enlightenments.selection import PROFILES, parse_spec
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 
@@ -29,20 +30,24 @@ def test_a_guest_recognises_hyper_v() -> None:
 
 def test_the_full_profile_has_exactly_these_feature_bits() -> None:
     eax, ebx, ecx, edx = leaves()[0x40000003]
-    # Runtime, reference counter, SynIC, timers, hypercalls, VP index, reset, reference TSC, idle, frequencies.
-    assert eax == sum(1 << bit for bit in (0, 1, 2, 3, 5, 6, 7, 9, 10, 11))
-    assert ebx == 1 << 4 | 1 << 5  # post messages, signal events
+    # Runtime, reference counter, SynIC, timers, APIC, hypercalls, VP index, reset, reference TSC, idle, frequencies,
+    # re-enlightenment, TSC invariant control.
+    assert eax == sum(1 << bit for bit in (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 13, 15))
+    # Post messages, signal events, VP registers, extended hypercalls, start VP.
+    assert ebx == sum(1 << bit for bit in (4, 5, 17, 20, 21))
     assert ecx == 0
-    assert edx == 1 << 5 | 1 << 8 | 1 << 10 | 1 << 19  # idle, frequencies, crash, direct timers
+    # XMM input, idle, frequencies, crash, SINT polling, hypercall MSR lock, direct timers.
+    assert edx == sum(1 << bit for bit in (4, 5, 8, 10, 17, 18, 19))
 
 
 def test_the_minimal_profile_has_hypercalls_and_vp_index_only() -> None:
-    assert leaves("minimal")[0x40000003] == (1 << 5 | 1 << 6, 0, 0, 0)
+    assert leaves("minimal")[0x40000003] == (1 << 5 | 1 << 6, 0, 0, 1 << 18)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENLIGHTENMENTS.items() if entry.bits and name != "base"])
 def test_an_enlightenment_shows_its_bits_and_hides_them(name: str) -> None:
-    for profile, shown in (("full", True), (f"full,-{name}", False)):
+    needs = "".join(f",+{need}" for need in ENLIGHTENMENTS[name].needs)
+    for profile, shown in ((f"full{needs},+{name}", True), (f"full,-{name}", False)):
         found = leaves(profile)
         for leaf, register, bit in ENLIGHTENMENTS[name].bits:
             assert bool(found[leaf][REGISTERS.index(register)] >> bit & 1) is shown
@@ -50,8 +55,8 @@ def test_an_enlightenment_shows_its_bits_and_hides_them(name: str) -> None:
 
 def test_recommendations_and_limits() -> None:
     eax, ebx, ecx, _ = leaves(vp_count=3, bits=46)[0x40000004]
-    assert eax == 1 << 5 | 1 << 9  # relaxed timing, no automatic EOI
-    assert ebx == 0xFFFFFFFF  # never report spin waits
+    assert eax == 1 << 3 | 1 << 5 | 1 << 9  # APIC by MSR, relaxed timing, no automatic EOI
+    assert ebx == 4095  # tries before a spin wait is reported
     assert ecx == 46
     assert leaves(vp_count=3)[0x40000005][:2] == (3, 3)
 

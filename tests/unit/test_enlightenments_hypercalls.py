@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enlightenments.hypercalls import (
+from enlightenments.hypercalls import Hypercalls
+from enlightenments.tlfs import (
     INSUFFICIENT_BUFFERS,
     INVALID_ALIGNMENT,
     INVALID_CONNECTION_ID,
@@ -14,7 +15,6 @@ from enlightenments.hypercalls import (
     INVALID_HYPERCALL_INPUT,
     INVALID_PARAMETER,
     SUCCESS,
-    Hypercalls,
 )
 from pyvmm.core.memory import GuestMemory
 

@@ -10,6 +10,7 @@ MP_STATE = 14
 PIT2 = 33
 SET_IDENTITY_MAP_ADDR = 37
 VCPU_EVENTS = 41
+HYPERV = 44
 GET_TSC_KHZ = 61
 MAX_VCPUS = 66
 TSC_DEADLINE_TIMER = 72
@@ -75,6 +76,12 @@ CAPABILITIES: tuple[tuple[str, int, bool, str], ...] = (
         GET_TSC_KHZ,
         True,
         "reference time and the TSC frequency MSR",
+    ),
+    (
+        "KVM_CAP_HYPERV",
+        HYPERV,
+        False,
+        "the enlightenment vapic: APIC registers by MSR",
     ),
     (
         "KVM_CAP_READONLY_MEM",
