@@ -170,6 +170,8 @@ class Vp:
         """Counters since the VP was made.
 
         Dicts by number: ``exits``, ``msr_reads``, ``msr_writes`` and ``hypercalls``; a number: ``hypercalls_unknown``.
+        ``msr_read_errors``, ``msr_write_errors`` (#GP) and ``hypercall_errors`` have by number how many there were and
+        the last one's reference time and value (written, or the result of the call).
         """
 
 class HypervisorCalls(Protocol):

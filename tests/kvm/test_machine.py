@@ -15,7 +15,7 @@ from pyvmm.core.device import GuestViolation
 from pyvmm.core.kvm.vp import Vp
 from pyvmm.machine.config import DiskConfig
 from pyvmm.machine.machine import Machine, MachineError
-from tests.fakes.rom import PROTECTED_MODE
+from tests.fakes.rom import HYPERCALL_PAGE, PROTECTED_MODE, SHOW_HYPERCALL_PAGE, ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,6 +178,43 @@ def test_an_msr_that_exists_gives_its_value_to_both_registers(roms: Roms) -> Non
     found = vm.inspect()
     assert found["msrs"] == {"msr_reads": {"0x40000000": 1}, "msr_writes": {"0x40000000": 1}}
     assert found["partition"]["guest_os_id"] == "0x8100000011223344"
+
+
+def test_what_goes_wrong_for_the_guest_is_counted_with_the_last_time_and_value(roms: Roms) -> None:
+    machine = roms.machine(
+        f"""
+    movw $fault, 4 * 13
+    movw %cs, 4 * 13 + 2
+    movl $0x40000001, %ecx
+    movl $0x123, %eax
+    movl $5, %edx
+    wrmsr
+    movl $0x40000074, %ecx
+    rdmsr
+    rdmsr
+    {SHOW_HYPERCALL_PAGE}
+    {ring(0x2001)}
+    {ring(0x2002)}
+    movl $0x8002, %eax
+    call hypercall_page
+    EXIT 1
+fault:
+    movw %sp, %bp
+    addw $2, (%bp)
+    iret
+    {HYPERCALL_PAGE}"""
+    )
+    assert machine.run().exit_code == 3
+    counts = machine.processors[0].hot.counts()
+    assert counts["hypercalls"] == {0x5D: 2, 0x8002: 1}
+    write, read = counts["msr_write_errors"], counts["msr_read_errors"]
+    assert {number: (count, value) for number, (count, _, value) in write.items()} == {0x40000001: (1, 0x5_00000123)}
+    assert {number: (count, value) for number, (count, _, value) in read.items()} == {0x40000074: (2, 0)}
+    calls = counts["hypercall_errors"]
+    assert {code: (count, value) for code, (count, _, value) in calls.items()} == {0x5D: (2, 0x12), 0x8002: (1, 2)}
+    assert machine.partition.reference is not None
+    times = [write[0x40000001][1], read[0x40000074][1], calls[0x5D][1], calls[0x8002][1]]
+    assert 0 < times[0] < times[1] < times[2] < times[3] < machine.partition.reference.now()
 
 
 def test_hypercalls_are_answered_once_the_page_is_on(roms: Roms) -> None:

@@ -17,6 +17,8 @@ enum {
 
 	EXIT_REASONS = 64,
 	HYPERCALL_CODES = 0x200,
+	EXTENDED_HYPERCALL_BASE = 0x8000,
+	HYPERCALL_SLOTS = HYPERCALL_CODES + 0x10, // the last ones for extended calls
 
 	SYNTHETIC_MSR_BASE = 0x40000000,
 	SYNTHETIC_MSR_COUNT = 0x200,
@@ -34,6 +36,15 @@ enum {
 
 static const uint64_t CONTROL_FAST = 1 << 16;
 static const uint64_t CONTROL_CODE = 0xffff;
+static const uint64_t RESULT_STATUS = 0xffff;
+
+// How often something went wrong for the guest, and the last time: reference time, and the value written to an MSR or
+// the result of a hypercall.
+struct errors {
+	uint64_t count;
+	uint64_t time;
+	uint64_t value;
+};
 
 struct VpObject {
 	PyObject_HEAD
@@ -67,8 +78,11 @@ struct VpObject {
 	uint64_t exits[EXIT_REASONS];
 	uint64_t msr_reads[SYNTHETIC_MSR_COUNT];
 	uint64_t msr_writes[SYNTHETIC_MSR_COUNT];
-	uint64_t hypercalls[HYPERCALL_CODES];
+	uint64_t hypercalls[HYPERCALL_SLOTS];
 	uint64_t hypercalls_unknown;
+	struct errors msr_read_errors[SYNTHETIC_MSR_COUNT];
+	struct errors msr_write_errors[SYNTHETIC_MSR_COUNT];
+	struct errors hypercall_errors[HYPERCALL_SLOTS];
 };
 
 static _Thread_local VpObject *current_vp;
@@ -173,6 +187,25 @@ static bool bus_access(PyObject *bus, bool write, uint64_t address, unsigned siz
 	return !PyErr_Occurred();
 }
 
+// Counting ----------------------------------------------------------------------------------------------------
+
+static void count_error(const VpObject *self, struct errors *errors, uint64_t value)
+{
+	errors->count++;
+	errors->time = hot_reference_now(self->reference);
+	errors->value = value;
+}
+
+// Where a call code is counted: its position in the arrays, or -1 for one that no hypervisor has.
+static int hypercall_slot(uint64_t code)
+{
+	if (code < HYPERCALL_CODES)
+		return (int)code;
+	bool counted = code >= EXTENDED_HYPERCALL_BASE &&
+		       code - EXTENDED_HYPERCALL_BASE < HYPERCALL_SLOTS - HYPERCALL_CODES;
+	return counted ? (int)(code - EXTENDED_HYPERCALL_BASE + HYPERCALL_CODES) : -1;
+}
+
 // Hypercalls ------------------------------------------------------------------------------------------------
 
 static uint64_t signal_event(VpObject *self, uint64_t control, uint64_t input)
@@ -209,8 +242,9 @@ static bool hypercall(VpObject *self, struct gil *gil, bool caller_64)
 		output = regs->rdi << 32 | (uint32_t)regs->rsi;
 	}
 	uint64_t code = control & CONTROL_CODE;
-	if (code < HYPERCALL_CODES)
-		self->hypercalls[code]++;
+	int slot = hypercall_slot(code);
+	if (slot >= 0)
+		self->hypercalls[slot]++;
 	else
 		self->hypercalls_unknown++;
 
@@ -234,6 +268,8 @@ static bool hypercall(VpObject *self, struct gil *gil, bool caller_64)
 	}
 	if (!ok)
 		return false;
+	if (slot >= 0 && result & RESULT_STATUS)
+		count_error(self, &self->hypercall_errors[slot], result);
 	if (caller_64) {
 		regs->rax = result;
 	} else {
@@ -323,6 +359,9 @@ static bool on_msr(VpObject *self, struct gil *gil, bool write)
 					    write ? Py_True : Py_False, index, value, valid ? Py_True : Py_False));
 		gil->saved = PyEval_SaveThread();
 	}
+	uint32_t number = index - SYNTHETIC_MSR_BASE;
+	if (!valid && number < SYNTHETIC_MSR_COUNT)
+		count_error(self, &(write ? self->msr_write_errors : self->msr_read_errors)[number], write ? value : 0);
 	run->msr.error = !valid;
 	if (!write)
 		run->msr.data = value;
@@ -524,30 +563,66 @@ static PyObject *vp_offer_msrs(VpObject *self, PyObject *args)
 	return fits ? Py_NewRef(Py_None) : NULL;
 }
 
-// {base + position: count} of the counts that are not 0.
-static PyObject *count_dict(const uint64_t *counts, unsigned length, uint32_t base)
+// From a position in the arrays to the number that is counted there.
+static unsigned long exit_number(unsigned slot)
+{
+	return slot;
+}
+
+static unsigned long msr_number(unsigned slot)
+{
+	return SYNTHETIC_MSR_BASE + slot;
+}
+
+static unsigned long hypercall_number(unsigned slot)
+{
+	return slot < HYPERCALL_CODES ? slot : EXTENDED_HYPERCALL_BASE + slot - HYPERCALL_CODES;
+}
+
+// Takes `value`. Returns false with an exception set.
+static bool set_item(PyObject *dict, unsigned long number, PyObject *value)
+{
+	PyObject *key = PyLong_FromUnsignedLong(number);
+	bool done = key && value && PyDict_SetItem(dict, key, value) == 0;
+	Py_XDECREF(key);
+	Py_XDECREF(value);
+	return done;
+}
+
+// {number: count} of the counts that are not 0.
+static PyObject *count_dict(const uint64_t *counts, unsigned length, unsigned long (*number)(unsigned))
 {
 	PyObject *result = PyDict_New();
 	for (unsigned i = 0; result && i < length; i++) {
-		if (!counts[i])
-			continue;
-		PyObject *key = PyLong_FromUnsignedLong(base + i);
-		PyObject *value = PyLong_FromUnsignedLongLong(counts[i]);
-		if (!key || !value || PyDict_SetItem(result, key, value) < 0)
+		if (counts[i] && !set_item(result, number(i), PyLong_FromUnsignedLongLong(counts[i])))
 			Py_CLEAR(result);
-		Py_XDECREF(key);
-		Py_XDECREF(value);
+	}
+	return result;
+}
+
+// {number: (count, time, value)} where there were errors.
+static PyObject *error_dict(const struct errors *errors, unsigned length, unsigned long (*number)(unsigned))
+{
+	PyObject *result = PyDict_New();
+	for (unsigned i = 0; result && i < length; i++) {
+		const struct errors *at = &errors[i];
+		if (at->count && !set_item(result, number(i), Py_BuildValue("(KKK)", at->count, at->time, at->value)))
+			Py_CLEAR(result);
 	}
 	return result;
 }
 
 static PyObject *vp_counts(VpObject *self, PyObject *Py_UNUSED(ignored))
 {
-	return Py_BuildValue("{s:N,s:N,s:N,s:N,s:K}", "exits", count_dict(self->exits, EXIT_REASONS, 0), "msr_reads",
-			     count_dict(self->msr_reads, SYNTHETIC_MSR_COUNT, SYNTHETIC_MSR_BASE), "msr_writes",
-			     count_dict(self->msr_writes, SYNTHETIC_MSR_COUNT, SYNTHETIC_MSR_BASE), "hypercalls",
-			     count_dict(self->hypercalls, HYPERCALL_CODES, 0), "hypercalls_unknown",
-			     self->hypercalls_unknown);
+	return Py_BuildValue("{s:N,s:N,s:N,s:N,s:K,s:N,s:N,s:N}", "exits",
+			     count_dict(self->exits, EXIT_REASONS, exit_number), "msr_reads",
+			     count_dict(self->msr_reads, SYNTHETIC_MSR_COUNT, msr_number), "msr_writes",
+			     count_dict(self->msr_writes, SYNTHETIC_MSR_COUNT, msr_number), "hypercalls",
+			     count_dict(self->hypercalls, HYPERCALL_SLOTS, hypercall_number), "hypercalls_unknown",
+			     self->hypercalls_unknown, "msr_read_errors",
+			     error_dict(self->msr_read_errors, SYNTHETIC_MSR_COUNT, msr_number), "msr_write_errors",
+			     error_dict(self->msr_write_errors, SYNTHETIC_MSR_COUNT, msr_number), "hypercall_errors",
+			     error_dict(self->hypercall_errors, HYPERCALL_SLOTS, hypercall_number));
 }
 
 static PyMethodDef vp_methods[] = {
