@@ -24,15 +24,29 @@ class EntryState:
         `gdt_base` whose limit is `gdt_limit`. `cr3` is the root of tables that map the first 4 GiB one to one.
         `rip` is the entry point, `rsi` the address of Linux's boot_params, `rsp` the top of a small stack. RFLAGS is
         2, the other general registers are 0, the IDT is empty.
+    ``protected32``
+        as ``long64``, but in 32-bit protected mode without paging: CS is the flat 32-bit code segment of the GDT at
+        `gdt_base`, and `cr3` is 0. `rax` and `rbx` are what Multiboot asks for in EAX and EBX.
     """
 
-    __slots__ = ("cr3", "gdt_base", "gdt_limit", "mode", "rip", "rsi", "rsp")
+    __slots__ = ("cr3", "gdt_base", "gdt_limit", "mode", "rax", "rbx", "rip", "rsi", "rsp")
 
     def __init__(
-        self, mode: str, rip: int = 0, rsi: int = 0, rsp: int = 0, cr3: int = 0, gdt_base: int = 0, gdt_limit: int = 0
+        self,
+        mode: str,
+        rip: int = 0,
+        rax: int = 0,
+        rbx: int = 0,
+        rsi: int = 0,
+        rsp: int = 0,
+        cr3: int = 0,
+        gdt_base: int = 0,
+        gdt_limit: int = 0,
     ) -> None:
         self.mode = mode
         self.rip = rip
+        self.rax = rax
+        self.rbx = rbx
         self.rsi = rsi
         self.rsp = rsp
         self.cr3 = cr3

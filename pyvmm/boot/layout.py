@@ -8,12 +8,16 @@ The ports are those of a PC/AT. RAM and its hole below 4 GiB are `pyvmm.core.mem
     0xFEC0_0000  IOAPIC
     0xFEE0_0000  LAPIC
     0xFEFF_C000  KVM's identity map page, then its three TSS pages
-    0xFF00_0000  firmware ROM of up to 16 MiB, ending at 4 GiB
+    0xFF00_0000  firmware ROM of up to 16 MiB, ending at 4 GiB; QEMU's pc-testdev has its buffer at the start
 """
 
 from __future__ import annotations
 
 from pyvmm.core.memory import HOLE_END
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.core.memory import GuestMemory
 
 GIB = 1 << 30
 
@@ -30,8 +34,10 @@ PM1A_CONTROL_PORT, PM1A_CONTROL_SIZE = 0x604, 2
 PM_TIMER_PORT, PM_TIMER_SIZE = 0x608, 4
 SCI_IRQ = 9
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
-#: QEMU's isa-debug-exit, present with --testdev only.
+# Present with --testdev only, where QEMU has them (`devices.legacy.testdev` and its neighbours).
+PC_TESTDEV_PORT, PC_TESTDEV_LINES_PORT, PC_TESTDEV_BUFFER = 0xE0, 0x2000, 0xFF00_0000
 DEBUG_EXIT_PORT = 0xF4
+FW_CFG_PORT = 0x510
 
 #: SLP_TYP values of PM1a control (bits 10-12); S5 is what `devices.legacy.acpi_pm` powers off on.
 SLEEP_TYPE_S0, SLEEP_TYPE_S5 = 0, 5
@@ -60,3 +66,20 @@ VMBUS_HIGH_MMIO_SIZE = 512 << 20
 def vmbus_high_mmio(memory_top: int) -> int:
     """Return where the high VMBus window of VMBUS_HIGH_MMIO_SIZE bytes starts: the first GiB boundary above all RAM."""
     return (max(memory_top, HOLE_END) + GIB - 1) // GIB * GIB
+
+
+_E820_RAM, _E820_RESERVED = 1, 2
+
+
+def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
+    """Return the memory map as (GPA, size in bytes, type), lowest first: RAM is type 1, reserved type 2."""
+    entries = []
+    for gpa, size in memory.ram_ranges():
+        if gpa == 0:
+            entries.append((0, EBDA_START, _E820_RAM))
+            entries.append((EBDA_START, HIGH_MEMORY - EBDA_START, _E820_RESERVED))
+            entries.append((HIGH_MEMORY, size - HIGH_MEMORY, _E820_RAM))
+            entries.append((KVM_IDENTITY_MAP_ADDRESS, KVM_PAGES_END - KVM_IDENTITY_MAP_ADDRESS, _E820_RESERVED))
+        else:
+            entries.append((gpa, size, _E820_RAM))
+    return entries

@@ -12,13 +12,8 @@ import struct
 
 from pyvmm.boot import elf, payload
 from pyvmm.boot.entry import BootError, EntryState
-from pyvmm.boot.layout import (
-    EBDA_START,
-    HIGH_MEMORY,
-    KVM_IDENTITY_MAP_ADDRESS,
-    KVM_PAGES_END,
-    RSDP_ADDRESS,
-)
+from pyvmm.boot.image import put_file
+from pyvmm.boot.layout import HIGH_MEMORY, RSDP_ADDRESS, e820
 from pyvmm.core.memory import HOLE_END, PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -62,8 +57,6 @@ _LOADED_HIGH = 1
 _CMDLINE_LIMIT = 4095
 _ARM64_MAGIC = b"ARM\x64"
 
-_E820_RAM, _E820_RESERVED = 1, 2
-
 # Null, null, flat 64-bit code (execute/read), flat data (read/write), accessed: CODE_SELECTOR and DATA_SELECTOR.
 _GDT = struct.pack("<4Q", 0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 _PRESENT_WRITABLE = 0x03
@@ -72,27 +65,15 @@ _LARGE_PAGE_SIZE = 2 << 20
 
 
 def load_linux(
-    memory: GuestMemory, kernel: BinaryIO | str | os.PathLike[str], initrd: str | os.PathLike[str] | None, cmdline: str
+    memory: GuestMemory, file: BinaryIO, name: str, initrd: str | os.PathLike[str] | None, cmdline: str
 ) -> EntryState:
     """Load a bzImage or a 64-bit ELF executable, and whatever its first instruction relies on, into guest memory.
 
     The program gets its command line, the initrd and the memory map by boot_params; ACPI tables are expected, and
     announced, at RSDP_ADDRESS. Works on memory that a guest has used before, so a reset loads again.
-    Raises BootError if a file cannot be read, is no kernel for x86-64, is truncated or corrupt, does not fit into
+    Raises BootError, naming `name`, if the file is no kernel for x86-64, is truncated or corrupt, does not fit into
     guest RAM, or if the command line is longer than the kernel takes.
     """
-    if isinstance(kernel, (str, os.PathLike)):
-        try:
-            with open(kernel, "rb") as file:
-                return _load(memory, file, os.fspath(kernel), initrd, cmdline)
-        except OSError as error:
-            raise BootError(f"{kernel}: {error.strerror or error}") from error
-    return _load(memory, kernel, str(getattr(kernel, "name", "kernel")), initrd, cmdline)
-
-
-def _load(
-    memory: GuestMemory, file: BinaryIO, name: str, initrd: str | os.PathLike[str] | None, cmdline: str
-) -> EntryState:
     low_end = next(gpa + size for gpa, size in memory.ram_ranges() if gpa == 0)
     if low_end <= HIGH_MEMORY:
         raise BootError(f"{name}: guest memory of {memory.size >> 10} KiB is too small for any kernel")
@@ -126,20 +107,6 @@ def _load(
         gdt_base=GDT_ADDRESS,
         gdt_limit=len(_GDT) - 1,
     )
-
-
-def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
-    """Return the memory map as (GPA, size in bytes, type), lowest first: RAM is type 1, reserved type 2."""
-    entries = []
-    for gpa, size in memory.ram_ranges():
-        if gpa == 0:
-            entries.append((0, EBDA_START, _E820_RAM))
-            entries.append((EBDA_START, HIGH_MEMORY - EBDA_START, _E820_RESERVED))
-            entries.append((HIGH_MEMORY, size - HIGH_MEMORY, _E820_RAM))
-            entries.append((KVM_IDENTITY_MAP_ADDRESS, KVM_PAGES_END - KVM_IDENTITY_MAP_ADDRESS, _E820_RESERVED))
-        else:
-            entries.append((gpa, size, _E820_RAM))
-    return entries
 
 
 def _params_of_elf() -> bytearray:
@@ -203,21 +170,16 @@ def _put_initrd(
     memory: GuestMemory, params: bytearray, path: str | os.PathLike[str], kernel_end: int, low_end: int
 ) -> None:
     """Read the initrd to the highest page below both the hole and the kernel's own limit."""
-    (highest,) = struct.unpack_from("<I", params, _INITRD_ADDR_MAX)
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            if not size:
-                raise BootError(f"{path}: the initrd is empty")
-            gpa = (min(low_end, highest + 1) - size) // PAGE_SIZE * PAGE_SIZE
-            if gpa < max(kernel_end, HIGH_MEMORY):
-                room = f"beside the kernel in {memory.size >> 20} MiB of guest memory"
-                raise BootError(f"{path}: an initrd of {size >> 20} MiB does not fit {room}")
-            file.seek(0)
-            if file.readinto(memory.view(gpa, size, write=True)) != size:
-                raise BootError(f"{path}: truncated while it was read")
-    except OSError as error:
-        raise BootError(f"{path}: {error.strerror or error}") from error
+    highest: int = struct.unpack_from("<I", params, _INITRD_ADDR_MAX)[0]
+
+    def place(size: int) -> int:
+        gpa = (min(low_end, highest + 1) - size) // PAGE_SIZE * PAGE_SIZE
+        if gpa < max(kernel_end, HIGH_MEMORY):
+            room = f"beside the kernel in {memory.size >> 20} MiB of guest memory"
+            raise BootError(f"{path}: an initrd of {size >> 20} MiB does not fit {room}")
+        return gpa
+
+    gpa, size = put_file(memory, path, place)
     struct.pack_into("<II", params, _RAMDISK_IMAGE, gpa, size)
 
 

@@ -204,11 +204,11 @@ class Machine:
         import uuid
 
         from pyvmm.boot.acpi.tables import build_acpi
-        from pyvmm.boot.linux import load_linux
+        from pyvmm.boot.kernel import load_kernel
         from pyvmm.boot.smbios import build_smbios
 
         assert config.kernel is not None
-        entry = load_linux(self.memory, config.kernel, config.initrd, config.cmdline)
+        entry = load_kernel(self.memory, config.kernel, config.initrd, config.cmdline)
         identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{config.name}.pyvmm").bytes_le
         for gpa, table in (
             *build_acpi(self.memory.top, config.cpus, vmbus=self._vmbus),

@@ -52,9 +52,19 @@ class Processor:
         """Set the registers as `entry` asks; the VP is the one that boots and is in its power-on state."""
         if entry.mode == "reset":
             return
+        long_mode = entry.mode == "long64"
         sregs = self.vp.get_sregs()
         code = abi.Segment(
-            base=0, limit=0xFFFF_FFFF, selector=CODE_SELECTOR, type=11, present=1, dpl=0, db=0, s=1, l=1, g=1
+            base=0,
+            limit=0xFFFF_FFFF,
+            selector=CODE_SELECTOR,
+            type=11,
+            present=1,
+            dpl=0,
+            db=not long_mode,
+            s=1,
+            l=long_mode,
+            g=1,
         )
         data = abi.Segment(
             base=0, limit=0xFFFF_FFFF, selector=DATA_SELECTOR, type=3, present=1, dpl=0, db=1, s=1, l=0, g=1
@@ -63,12 +73,15 @@ class Processor:
         sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = data
         sregs.gdt.base, sregs.gdt.limit = entry.gdt_base, entry.gdt_limit
         sregs.idt.base, sregs.idt.limit = 0, 0
-        sregs.cr0 = _CR0_PG | _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
+        sregs.cr0 = _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
         sregs.cr3 = entry.cr3
-        sregs.cr4 = _CR4_PAE
-        sregs.efer = _EFER_LME | _EFER_LMA
+        if long_mode:
+            sregs.cr0 |= _CR0_PG
+            sregs.cr4 = _CR4_PAE
+            sregs.efer = _EFER_LME | _EFER_LMA
         self.vp.set_sregs(sregs)
-        self.vp.set_regs(abi.Regs(rip=entry.rip, rsi=entry.rsi, rsp=entry.rsp, rflags=_RFLAGS_RESERVED))
+        registers = {name: getattr(entry, name) for name in ("rax", "rbx", "rip", "rsi", "rsp")}
+        self.vp.set_regs(abi.Regs(**registers, rflags=_RFLAGS_RESERVED))
 
     def start(self) -> None:
         """Start the thread, parked."""

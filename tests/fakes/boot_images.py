@@ -10,34 +10,35 @@ from collections.abc import Sequence
 import lz4.block  # type: ignore[import-untyped]
 import zstandard
 
-HEADER_SIZE = 64
-PROGRAM_HEADER_SIZE = 56
-
 #: (virtual address, physical address, bytes in the file, bytes in memory)
 Segment = tuple[int, int, bytes, int]
 
 
-def make_elf(
-    segments: Sequence[Segment],
-    entry: int,
-    *,
-    machine: int = 62,
-    kind: int = 2,
-    elf_class: int = 2,
-) -> bytes:
+def make_elf(segments: Sequence[Segment], entry: int, *, machine: int = 62, kind: int = 2, elf_class: int = 2) -> bytes:
     """Return an ELF file with one PT_LOAD per segment, after one PT_NOTE that is no one's business."""
+    wide = elf_class == 2
+    file_header = struct.Struct("<HHIQQQIHHHHHH" if wide else "<HHIIIIIHHHHHH")
+    program_header = struct.Struct("<IIQQQQQQ" if wide else "<IIIIIIII")
+    header_size = 16 + file_header.size
     count = len(segments) + 1
-    offset = HEADER_SIZE + count * PROGRAM_HEADER_SIZE
-    headers = struct.pack("<IIQQQQQQ", 4, 0, 0, 0, 0, 0, 0, 0)
+    offset = header_size + count * program_header.size
+    headers = program_header.pack(4, 0, 0, 0, 0, 0, 0, 0)
     contents = b""
     for vaddr, paddr, data, memsz in segments:
-        headers += struct.pack("<IIQQQQQQ", 1, 7, offset + len(contents), vaddr, paddr, len(data), memsz, 4096)
+        place = (offset + len(contents), vaddr, paddr, len(data), memsz)
+        headers += program_header.pack(1, 7, *place, 4096) if wide else program_header.pack(1, *place, 7, 4096)
         contents += data
     ident = b"\x7fELF" + bytes([elf_class, 1, 1]) + bytes(9)
-    fields = struct.pack(
-        "<HHIQQQIHHHHHH", kind, machine, 1, entry, HEADER_SIZE, 0, 0, HEADER_SIZE, PROGRAM_HEADER_SIZE, count, 0, 0, 0
+    fields = file_header.pack(
+        kind, machine, 1, entry, header_size, 0, 0, header_size, program_header.size, count, 0, 0, 0
     )
     return ident + fields + headers + contents
+
+
+def make_multiboot_header(flags: int = 0, addresses: Sequence[int] = ()) -> bytes:
+    """Return a Multiboot header with its address fields, if there are any."""
+    checksum = -(0x1BADB002 + flags) & 0xFFFF_FFFF
+    return struct.pack(f"<{3 + len(addresses)}I", 0x1BADB002, flags, checksum, *addresses)
 
 
 def compress(data: bytes, compression: str) -> bytes:
