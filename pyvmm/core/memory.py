@@ -123,3 +123,13 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to `gpa`; raises GuestMemoryError."""
         self.view(gpa, len(data), write=True)[:] = data
+
+    def forget_page(self, gpa: int) -> None:
+        """Unmap the page of RAM at `gpa`, if there is any, until it is touched again. Its contents stay.
+
+        KVM drops its own mapping too, so that the guest's next access to the page faults on the host.
+        """
+        for region in self.regions:
+            offset = gpa - region.gpa
+            if 0 <= offset < region.size and not region.readonly:
+                region.map.madvise(mmap.MADV_DONTNEED, offset // PAGE_SIZE * PAGE_SIZE, PAGE_SIZE)

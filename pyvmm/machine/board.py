@@ -6,7 +6,6 @@ from devices.legacy.acpi_pm import AcpiPm
 from devices.legacy.i8042 import I8042
 from devices.legacy.rtc import Rtc
 from devices.legacy.system_ports import SystemPorts
-from devices.legacy.testdev import DebugExit
 from devices.legacy.uart import Uart
 from pyvmm.boot import layout
 from pyvmm.core.bus import Bus
@@ -47,8 +46,7 @@ class TracedBus(Bus):
 class Board:
     """All legacy devices, registered and wired.
 
-    The callbacks run on a VP's thread: `on_poweroff`, `on_reset`, and `on_exit` with an exit status, which only
-    the debug exit device calls.
+    The callbacks `on_poweroff` and `on_reset` run on a VP's thread.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class Board:
         clock: Clock,
         on_poweroff: Callable[[], None],
         on_reset: Callable[[], None],
-        on_exit: Callable[[int], None] | None,
     ) -> None:
         self.pio = TracedBus("pio", tracer) if tracer.io else Bus("pio")
         self.mmio = TracedBus("mmio", tracer) if tracer.io else Bus("mmio")
@@ -72,20 +69,33 @@ class Board:
         self.keyboard_controller = I8042(irq_line(layout.KEYBOARD_IRQ), irq_line(layout.MOUSE_IRQ), on_reset)
         self.power = AcpiPm(irq_line(layout.SCI_IRQ), on_poweroff, clock)
         system_ports = SystemPorts(self.keyboard_controller, on_reset)
-        self.devices: list[Device] = [self.uart, self.rtc, self.keyboard_controller, self.power, system_ports]
-        ports: list[PortRange] = [
-            (layout.COM1_PORT, 8, self.uart, self.uart.name),
-            *self.rtc.ports(),
-            *self.keyboard_controller.ports(),
-            *self.power.ports(),
-            *system_ports.ports(),
-        ]
-        if on_exit is not None:
-            debug_exit = DebugExit(on_exit)
-            self.devices.append(debug_exit)
-            ports += debug_exit.ports()
+        self.devices: list[Device] = []
+        self._add(self.uart, [(layout.COM1_PORT, 8, self.uart, self.uart.name)])
+        self._add(self.rtc, self.rtc.ports())
+        self._add(self.keyboard_controller, self.keyboard_controller.ports())
+        self._add(self.power, self.power.ports())
+        self._add(system_ports, system_ports.ports())
+
+    def add_test_devices(
+        self, memory: GuestMemory, irq_line: Callable[[int], IrqLine], cpus: int, on_exit: Callable[[int], None]
+    ) -> None:
+        """Add what test programs expect of QEMU. `on_exit` gets the guest's exit status, on a VP's thread."""
+        from devices.legacy import testdev
+        from devices.legacy.fw_cfg import FwCfg
+
+        debug_exit = testdev.DebugExit(on_exit)
+        pc_testdev = testdev.PcTestdev(memory.forget_page, [irq_line(number) for number in range(testdev.LINES)])
+        fw_cfg = FwCfg(memory.size, cpus)
+        self._add(debug_exit, debug_exit.ports())
+        self._add(pc_testdev, pc_testdev.ports(), pc_testdev.memory())
+        self._add(fw_cfg, fw_cfg.ports())
+
+    def _add(self, device: Device, ports: list[PortRange], memory: list[PortRange] | None = None) -> None:
+        self.devices.append(device)
         for port in ports:
             self.pio.register(*port)
+        for window in memory or ():
+            self.mmio.register(*window)
 
     def reset(self) -> None:
         """Power-on state of all."""

@@ -72,8 +72,8 @@ class VmConfig:
 #: What each field of VmConfig and DiskConfig means, for help texts and the schema.
 DESCRIPTIONS = {
     "name": "name of the VM",
-    "kernel": "Linux kernel to boot: bzImage or ELF vmlinux",
-    "initrd": "initial RAM disk for the kernel",
+    "kernel": "kernel to boot: bzImage, ELF vmlinux or Multiboot",
+    "initrd": "initial RAM disk for the kernel; a Multiboot kernel's module",
     "cmdline": "kernel command line",
     "firmware": "raw ROM image, mapped to end at 4 GiB and started at the reset vector",
     "cpus": f"number of virtual processors, 1 to {MAX_CPUS}",
@@ -84,7 +84,7 @@ DESCRIPTIONS = {
     "com1": "where the first serial port goes: stdio, file:PATH, unix:PATH or none",
     "control": "unix socket on which 'pyvmm ctl' reaches the VM",
     "reboot": "start again when the guest resets, instead of ending",
-    "testdev": "add the isa-debug-exit device at port 0xf4",
+    "testdev": "add QEMU's devices for test programs: isa-debug-exit at port 0xf4, pc-testdev, fw_cfg",
     "timeout": "stop the VM after this many seconds",
     "path": "disk image, raw",
     "readonly": "refuse the guest's writes",

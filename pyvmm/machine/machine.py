@@ -155,8 +155,14 @@ class Machine:
             self._clock,
             lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),
             self._on_guest_reset,
-            (lambda status: self._post(Outcome("exit", status & 0xFF))) if config.testdev else None,
         )
+        if config.testdev:
+            self.board.add_test_devices(
+                self.memory,
+                self._vm.irq_line,
+                config.cpus,
+                lambda status: self._post(Outcome("exit", status & 0xFF)),
+            )
         address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
         hypervisor = hypervisor_leaves(chosen, config.cpus, address_bits)
         self.processors: list[Processor] = []

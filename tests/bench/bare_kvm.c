@@ -1,6 +1,6 @@
 // The least that a VMM can do: one VCPU, KVM_RUN in a loop, every exit counted and forgotten.
 // Usage: bare_kvm ROM. Runs a ROM of 64 KiB from its reset vector to a write to port 0xf4 and prints two numbers: the
-// nanoseconds between its first two writes to port 0x510, and the exits between them.
+// nanoseconds between its first two writes to port 0x5a0, and the exits between them.
 // KVM interface: Linux Documentation/virt/kvm/api.rst.
 
 #define _GNU_SOURCE
@@ -19,7 +19,7 @@ enum {
 	ROM_SIZE = 0x10000,
 	RAM_SIZE = 0x100000,
 	PORT_EXIT = 0xf4,
-	PORT_MARK = 0x510,
+	PORT_MARK = 0x5a0,
 	PORT_BELL = 0xeb,
 	MSR_BASE = 0x40000000,
 	MSR_COUNT = 0x200,

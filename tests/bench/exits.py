@@ -22,7 +22,7 @@ from tests.fakes.rom import HYPERCALL_PAGE, SHOW_HYPERCALL_PAGE, build_rom, ring
 _EXITS = 8000
 _UNROLLED = 8
 _RINGS = 200
-_MARK_PORT = 0x510
+_MARK_PORT = 0x5A0
 _CONNECTION = 0x2001
 _MSR_EOM = 0x4000_0084
 #: Where the guest keeps the time of its last ring, and the host the number of rings that it has heard.

@@ -59,6 +59,13 @@ class RunningVm:
             assert self.outcome is None, f"ended before: {what}: {self.outcome.kind} {self.outcome.message}"
 
 
+def run_cli(*options: str) -> subprocess.CompletedProcess[str]:
+    """``pyvmm run`` with the test devices and no console."""
+    command = [sys.executable, "-m", "pyvmm", "run", "--com1", "none", "--testdev"]
+    command += ["--timeout", str(PATIENCE_S), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
+
+
 class Roms:
     """Makes ROMs and runs them."""
 
@@ -72,9 +79,7 @@ class Roms:
 
     def cli(self, body: str, *options: str, seconds: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         """Run a ROM with ``pyvmm run``."""
-        command = [sys.executable, "-m", "pyvmm", "run", "--firmware", str(self.build(body)), "--com1", "none"]
-        command += ["--testdev", "--timeout", str(seconds), *options]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False)
+        return run_cli("--firmware", str(self.build(body)), "--timeout", str(seconds), *options)
 
     def machine(self, body: str, **config: Any) -> Machine:
         """Make, but do not run, a machine with a ROM."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kvm
 
-PORT = 0x510
+PORT = 0x5A0
 MMIO = 0xD000_0000
 
 COUNT = """

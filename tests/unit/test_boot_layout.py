@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from devices.legacy import acpi_pm, rtc
+from devices.legacy import acpi_pm, fw_cfg, rtc, testdev
 from pyvmm.boot import layout
 from pyvmm.boot.acpi.tables import RTC_CENTURY
 from pyvmm.core.memory import HOLE_END, HOLE_START
@@ -49,6 +49,14 @@ def test_the_power_management_device_agrees_with_the_tables() -> None:
     assert acpi_pm.PM_TIMER_PORT == layout.PM_TIMER_PORT
     assert acpi_pm.SCI_IRQ == layout.SCI_IRQ
     assert acpi_pm.S5_SLEEP_TYPE == layout.SLEEP_TYPE_S5
+
+
+def test_the_test_devices_agree_with_the_layout() -> None:
+    assert testdev.DEBUG_EXIT_PORT == layout.DEBUG_EXIT_PORT
+    assert testdev.REGISTER_PORT == layout.PC_TESTDEV_PORT
+    assert testdev.LINES_PORT == layout.PC_TESTDEV_LINES_PORT
+    assert testdev.BUFFER_ADDRESS == layout.PC_TESTDEV_BUFFER
+    assert fw_cfg.FW_CFG_PORT == layout.FW_CFG_PORT
 
 
 def test_the_rtc_keeps_the_century_where_the_fadt_says() -> None:

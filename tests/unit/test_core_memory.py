@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 
 import pytest
 from hypothesis import given
@@ -143,3 +144,28 @@ def test_no_file_is_left_open() -> None:
         GuestMemory(MEGABYTE).write(0, b"x")
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forgotten_page_keeps_its_contents_and_a_rom_is_left_alone() -> None:
+    memory = GuestMemory(2 * MEGABYTE)
+    memory.write(0x3000, b"x" * PAGE_SIZE)
+    memory.add_rom(HOLE_END - PAGE_SIZE, b"r" * PAGE_SIZE)
+    for gpa in (0x3000, 0x3FFF, HOLE_END - PAGE_SIZE, HOLE_START):
+        memory.forget_page(gpa)
+    assert memory.read(0x3000, PAGE_SIZE) == b"x" * PAGE_SIZE
+    assert memory.read(HOLE_END - PAGE_SIZE, PAGE_SIZE) == b"r" * PAGE_SIZE
+
+
+def test_forgetting_a_page_unmaps_it_until_it_is_touched() -> None:
+    memory = GuestMemory(2 * MEGABYTE)
+    memory.write(0, bytes(MEGABYTE))
+    before = minor_faults()
+    memory.write(0x5000, b"x")
+    assert minor_faults() == before
+    memory.forget_page(0x5000)
+    memory.write(0x5000, b"y")
+    assert minor_faults() == before + 1
+
+
+def minor_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from devices.legacy.acpi_pm import PM_TIMER_HZ, S5_SLEEP_TYPE, AcpiPm
 from devices.legacy.i8042 import I8042
 from devices.legacy.system_ports import SystemPorts
-from devices.legacy.testdev import DebugExit
 from pyvmm.core.bus import Bus
 from tests.fakes.board import ManualClock, RecordingLine, board_bus
 
@@ -141,13 +140,6 @@ def test_system_ports_survive_saving(board: Board) -> None:
         other.system.restore({**state, "port_a": 99})
     with pytest.raises(ValueError):
         other.pm.restore({**other.pm.save(), "timer": -1})
-
-
-@pytest.mark.parametrize(("size", "value", "status"), [(1, 0, 1), (1, 0x10, 0x21), (2, 0x1234, 0x2469), (4, 1, 3)])
-def test_debug_exit_reports_qemus_status(size: int, value: int, status: int) -> None:
-    seen: list[int] = []
-    board_bus(DebugExit(seen.append)).write(0xF4, size, value)
-    assert seen == [status]
 
 
 @given(
