@@ -6,22 +6,75 @@ from enlightenments.catalog import ENLIGHTENMENTS, HOST_FEATURES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
+    from typing import Any
 
 #: Never notify of long spin waits.
 SPINLOCKS_NEVER = 0xFFFF_FFFF
+VENDOR_ID_LENGTH = 12
+SETTINGS = ("spinlocks", "vendor-id", "version")
+
+
+class Profile:
+    """A named set to start from. `reason` says why it is what it is, `source` where that is from.
+
+    `version` is what `Selection.version` is, None for the usual one.
+    """
+
+    __slots__ = ("names", "reason", "source", "version")
+
+    def __init__(
+        self, names: Iterable[str], reason: str, source: str, version: tuple[int, int, int] | None = None
+    ) -> None:
+        self.names = frozenset(names)
+        self.reason = reason
+        self.source = source
+        self.version = version
+
 
 #: Shootdowns and IPIs through user space are slower than those of the guest's own APIC, unless many VPs are idle.
 _ON_REQUEST = {"tlbflush", "tlbflush-ext", "ipi"}
-_FULL = frozenset(ENLIGHTENMENTS) - _ON_REQUEST
 
-#: Named sets to start from.
-PROFILES: dict[str, frozenset[str]] = {
-    "full": _FULL,
-    "minimal": frozenset({"base", "vpindex"}),
-    "none": frozenset(),
-    # Hyper-V of Windows Server 2008: no reference TSC consumers, no frequencies, no direct timers, no crash report.
-    "windows-2008": frozenset({"base", "vpindex", "reset", "runtime", "time", "synic", "stimer", "relaxed", "vmbus"}),
+PROFILES = {
+    "full": Profile(
+        frozenset(ENLIGHTENMENTS) - _ON_REQUEST,
+        "everything but the flushes and IPIs, which are slower through user space than by the guest's own APIC",
+        "docs/benchmarks.md",
+    ),
+    "minimal": Profile(
+        ("base", "vpindex"),
+        "what a guest needs to take a hypervisor for Hyper-V",
+        "Microsoft's Requirements for Implementing the Microsoft Hypervisor Interface (2012)",
+    ),
+    "none": Profile((), "no hypervisor at all", "TLFS 2.1"),
+    "windows-server-2008": Profile(
+        ("base", "vpindex", "reset", "runtime", "time", "synic", "stimer", "vapic", "spinlocks", "relaxed", "vmbus"),
+        "Hyper-V's first interface: no frequencies, no direct timers, no idling, no crash report, no advice on EOIs",
+        "TLFS v2.0, appendices F and G",
+        (6001, 6, 0),
+    ),
+    # QEMU's advice leaves out reset, which newer Hyper-V does not have; crash, which ends the VM before Windows can
+    # write its dump; re-enlightenment, which guests with tsc-invariant do not need. What neither QEMU nor
+    # cloud-hypervisor offer Windows is left out too: idle, vp-registers, start-vp, ext-hypercalls.
+    "windows-11": Profile(
+        (
+            *("base", "vpindex", "runtime", "time", "frequencies", "tsc-invariant", "synic", "avic", "stimer"),
+            *("stimer-direct", "vapic", "spinlocks", "xmm-input", "relaxed", "vmbus"),
+        ),
+        "what QEMU's manual advises for Windows: a crash writes its dump, and no MSRs that Windows leaves alone",
+        "QEMU docs/system/i386/hyperv.rst, Recommendations; cloud-hypervisor arch/src/x86_64/mod.rs",
+    ),
+    # Where vapic is not offered, Linux uses the APIC's own registers, which KVM answers in the kernel. It idles by MSR
+    # only together with ipi, for spinlocks; it never uses reset, runtime, relaxed or the spin wait call; xmm-input,
+    # vp-registers and start-vp only in confidential VMs; re-enlightenment only for guests of its own.
+    "linux": Profile(
+        (
+            *("base", "vpindex", "time", "frequencies", "tsc-invariant", "synic", "avic", "stimer"),
+            *("stimer-direct", "crash", "vmbus"),
+        ),
+        "what Linux 6.x uses; its APIC stays in KVM, which is faster than by MSR through user space",
+        "Linux arch/x86/kernel/cpu/mshyperv.c, arch/x86/hyperv/, drivers/clocksource/hyperv_timer.c",
+    ),
 }
 
 
@@ -45,7 +98,7 @@ class Selection:
         vendor_id: bytes = b"Microsoft Hv",
     ) -> None:
         self.names = frozenset(names)
-        self.wanted = frozenset(wanted)
+        self.wanted = frozenset(wanted) & self.names
         self.spinlocks = spinlocks if "spinlocks" in self.names else SPINLOCKS_NEVER
         self.version = version
         self.vendor_id = vendor_id
@@ -59,55 +112,158 @@ class Selection:
         Raises ValueError if something is missing that the user asked for by name.
         """
         lacking = {name for name in self.names if ENLIGHTENMENTS[name].host not in (None, *features)}
-        for name in sorted(lacking & self.wanted):
-            host = ENLIGHTENMENTS[name].host
-            assert host is not None
-            raise ValueError(f"the enlightenment {name} needs {HOST_FEATURES[host]}; this host has none")
-        return Selection(
-            self.names - lacking,
-            wanted=self.wanted,
-            spinlocks=self.spinlocks,
-            version=self.version,
-            vendor_id=self.vendor_id,
-        )
+        for name in sorted(self.wanted):
+            for need in sorted(lacking & {name, *_all_needs(name)}):
+                host = ENLIGHTENMENTS[need].host
+                assert host is not None
+                raise ValueError(f"the enlightenment {name} needs {HOST_FEATURES[host]}; this host has none")
+        return self._with(names=_without(self.names, lacking))
+
+    def changed(self, add: Collection[str], remove: Collection[str], settings: dict[str, Any]) -> Selection:
+        """This with enlightenments added, others removed with what needs them, and settings as `__init__` has them.
+
+        Raises ValueError for what contradicts itself.
+        """
+        for name in add:
+            for need in (name, *_all_needs(name)):
+                if need in remove:
+                    why = "it is removed too" if need == name else f"it needs {need}, which is removed"
+                    raise ValueError(f"{name} cannot be added: {why}")
+        names = _without(self.names, remove) | set(add)
+        for name in add:
+            for need in ENLIGHTENMENTS[name].needs:
+                if need not in names:
+                    raise ValueError(f"{name} needs {need}; add that too")
+        if "spinlocks" in settings and "spinlocks" not in names:
+            raise ValueError("the setting spinlocks needs the enlightenment spinlocks")
+        if settings and not names:
+            raise ValueError("without enlightenments no guest sees their settings")
+        return self._with(names=names, wanted=(self.wanted | set(add)), **settings)
+
+    def _with(self, **changes: Any) -> Selection:
+        values = {name: getattr(self, name) for name in ("wanted", "spinlocks", "version", "vendor_id")}
+        if "spinlocks" not in self.names:
+            del values["spinlocks"]  # no count of ours
+        return Selection(**{**values, **changes})
 
 
 def parse_spec(spec: str) -> Selection:
-    """Turn ``PROFILE[,+NAME|,-NAME]...`` into a selection; the first word may also be left out (full).
+    """Turn ``PROFILE[,+NAME|,-NAME|,SETTING=VALUE]...`` into a selection; the first word may be left out (full).
 
-    Raises ValueError that says what is unknown or contradictory.
+    A first word that ends in ``.toml`` is the path of a custom profile, see `enlightenments.custom_profile`. Raises
+    ValueError that says what is unknown or contradictory.
     """
-    chosen: set[str] | None = None
-    wanted: set[str] = set()
-    for word in filter(None, (part.strip() for part in spec.split(","))):
-        if word[0] not in "+-":
-            if chosen is not None:
-                raise ValueError(f"enlightenments {spec!r}: {word!r} is not the first word; write +NAME or -NAME")
-            if word not in PROFILES:
-                raise ValueError(f"unknown enlightenment profile {word!r}; choose from {', '.join(PROFILES)}")
-            chosen = set(PROFILES[word])
-            continue
-        if chosen is None:
-            chosen = set(PROFILES["full"])
-        if word[1:] not in ENLIGHTENMENTS:
-            raise ValueError(f"unknown enlightenment {word[1:]!r}; choose from {', '.join(ENLIGHTENMENTS)}")
-        if word[0] == "+":
-            chosen.add(word[1:])
-            wanted.add(word[1:])
-        else:
-            chosen.discard(word[1:])
-            wanted.discard(word[1:])
-            _discard_dependents(chosen, word[1:])
-    if chosen is None:
+    words = [word for word in (part.strip() for part in spec.split(",")) if word]
+    if not words:
         raise ValueError("the enlightenments are empty; write 'none' for none")
-    for name in chosen:
-        for need in ENLIGHTENMENTS[name].needs:
-            if need not in chosen:
-                raise ValueError(f"enlightenments {spec!r}: {name} needs {need}; add +{need}")
-    return Selection(chosen, wanted=wanted)
+    base = _starting_point("full" if words[0][0] in "+-" or _is_setting(words[0]) else words.pop(0))
+    added: list[str] = []
+    removed: list[str] = []
+    settings: dict[str, Any] = {}
+    try:
+        for word in words:
+            if word[0] in "+-":
+                (added if word[0] == "+" else removed).append(check_name(word[1:]))
+                continue
+            if not _is_setting(word):
+                raise ValueError(f"{word!r} is not the first word; write +NAME, -NAME or SETTING=VALUE")
+            key, _, value = word.partition("=")
+            if key.replace("-", "_") in settings:
+                raise ValueError(f"{key} is set twice")
+            settings.update(parse_setting(key, value))
+        return base.changed(added, removed, settings)
+    except ValueError as error:
+        raise ValueError(f"enlightenments {spec!r}: {error}") from error
 
 
-def _discard_dependents(chosen: set[str], name: str) -> None:
-    for other in [other for other in chosen if name in ENLIGHTENMENTS[other].needs]:
-        chosen.discard(other)
-        _discard_dependents(chosen, other)
+def profile(name: str) -> Selection:
+    """The selection that is the profile `name`; raises ValueError if there is none."""
+    found = PROFILES.get(name)
+    if found is None:
+        raise _unknown("enlightenment profile", name, PROFILES)
+    if found.version is None:
+        return Selection(found.names)
+    return Selection(found.names, version=found.version)
+
+
+def check_name(name: str) -> str:
+    """The `name` of an enlightenment; raises ValueError if it is none."""
+    if name not in ENLIGHTENMENTS:
+        raise _unknown("enlightenment", name, ENLIGHTENMENTS)
+    return name
+
+
+def parse_setting(key: str, text: str) -> dict[str, Any]:
+    """A setting as `Selection.__init__` takes it; raises ValueError."""
+    if key == "spinlocks":
+        return {"spinlocks": _parse_spinlocks(text)}
+    if key == "vendor-id":
+        if not (0 < len(text) <= VENDOR_ID_LENGTH and text.isascii() and text.isprintable()):
+            raise ValueError(f"vendor-id {text!r} is not 1 to {VENDOR_ID_LENGTH} printable ASCII characters")
+        return {"vendor_id": text.encode().ljust(VENDOR_ID_LENGTH, b"\0")}
+    if key == "version":
+        return {"version": _parse_version(text)}
+    raise _unknown("setting", key, SETTINGS)
+
+
+def _starting_point(word: str) -> Selection:
+    if not word.endswith(".toml"):
+        return profile(word)
+    from enlightenments.custom_profile import load  # which brings a TOML parser
+
+    return load(word)
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and "/" not in word.partition("=")[0]
+
+
+def _number(text: str, most: int) -> int | None:
+    """A whole number from 0 to `most`, decimal or as 0xFFF; None for anything else."""
+    try:
+        number = int(text, 16 if text[:2] in ("0x", "0X") else 10)
+    except ValueError:
+        return None
+    return number if text.isalnum() and text.isascii() and 0 <= number <= most else None
+
+
+def _parse_spinlocks(text: str) -> int:
+    if text == "never":
+        return SPINLOCKS_NEVER
+    number = _number(text, SPINLOCKS_NEVER)
+    if not number:
+        raise ValueError(f"spinlocks {text!r} is neither a number of tries, 1 to 0xffffffff, nor never")
+    return number
+
+
+def _parse_version(text: str) -> tuple[int, int, int]:
+    parts = text.split(".")
+    if len(parts) == 3:
+        major, minor, build = (
+            _number(part, most) for part, most in zip(parts, (0xFFFF, 0xFFFF, 0xFFFF_FFFF), strict=True)
+        )
+        if major is not None and minor is not None and build is not None:
+            return build, major, minor
+    raise ValueError(f"version {text!r} is not MAJOR.MINOR.BUILD of 16, 16 and 32 bits, such as 10.0.20348")
+
+
+def _all_needs(name: str) -> set[str]:
+    """What `name` needs, directly or not."""
+    needs = set(ENLIGHTENMENTS[name].needs)
+    return needs.union(*(_all_needs(need) for need in needs))
+
+
+def _without(names: frozenset[str], removed: Collection[str]) -> frozenset[str]:
+    """`names` but for those `removed`, and those that need them."""
+    if not removed:
+        return names
+    return frozenset(name for name in names if name not in removed and _all_needs(name).isdisjoint(removed))
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+    return ValueError(f"unknown {what} {name!r}; {hint}")

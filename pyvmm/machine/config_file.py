@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from enlightenments.catalog import ENLIGHTENMENTS
+from enlightenments.selection import PROFILES, SETTINGS
+from pyvmm.core import toml_file
 from pyvmm.machine.config import (
     DESCRIPTIONS,
     MAX_CONTROLLERS,
@@ -26,13 +29,18 @@ from pyvmm.machine.config import (
     split_com1,
 )
 
-_MAX_FILE = 1 << 20
+_DESCRIPTIONS = {
+    **DESCRIPTIONS,
+    "enlightenments": f"{DESCRIPTIONS['enlightenments']}. PROFILE[,+NAME|,-NAME|,SETTING=VALUE]...; "
+    f"profiles: {', '.join(PROFILES)}, or a file PATH.toml; names: {', '.join(ENLIGHTENMENTS)}; "
+    f"settings: {', '.join(SETTINGS)}",
+}
 
 
 def _struct(cls: type, replaced: dict[str, Any]) -> type[msgspec.Struct]:
     fields: list[tuple[str, Any, Any]] = []
     for name, kind in typing.get_type_hints(cls).items():
-        kind = Annotated[replaced.get(name, kind), msgspec.Meta(description=DESCRIPTIONS[name])]
+        kind = Annotated[replaced.get(name, kind), msgspec.Meta(description=_DESCRIPTIONS[name])]
         if name == "disks":
             default: Any = msgspec.field(default_factory=list)
         else:
@@ -59,17 +67,19 @@ def load(path: str) -> VmConfig:
 
     The values fit their types; whether they make a VM is for `validate` to say, after the caller's changes.
     """
-    return parse(_read(path), path)
+    try:
+        text = toml_file.read(path)
+    except ValueError as error:
+        raise ConfigError(f"VM file {error}") from error
+    return parse(text, path)
 
 
 def parse(text: bytes, path: str) -> VmConfig:
     """`load` for a text that stands, or would stand, at `path`."""
     try:
-        loaded = msgspec.toml.decode(text, type=_Vm)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(str(error))}") from error
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML: {str(error) or 'nested too deeply'}") from error
+        loaded = toml_file.decode(text, path, _Vm)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     values: dict[str, Any] = msgspec.structs.asdict(loaded)
     folder = os.path.dirname(path)
     if isinstance(values["memory"], str):
@@ -84,6 +94,12 @@ def parse(text: bytes, path: str) -> VmConfig:
     for name in ("kernel", "initrd", "firmware", "control"):
         if values[name]:
             values[name] = os.path.join(folder, values[name])
+    profile, comma, changes = values["enlightenments"].partition(",")
+    if profile.endswith(".toml"):
+        profile = os.path.join(folder, profile)
+        if "," in profile:
+            raise ConfigError(f"{path}: enlightenments: a profile's path cannot hold a comma: {profile}")
+        values["enlightenments"] = profile + comma + changes
     try:
         kind, target = split_com1(values["com1"])
     except ConfigError as error:
@@ -91,26 +107,6 @@ def parse(text: bytes, path: str) -> VmConfig:
     if target:
         values["com1"] = f"{kind}:{os.path.join(folder, target)}"
     return VmConfig(**values)
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_FILE + 1)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"VM file {path}: {why}") from error
-    if len(text) > _MAX_FILE:
-        raise ConfigError(f"VM file {path}: larger than {format_size(_MAX_FILE)}")
-    return text
-
-
-def _explain(message: str) -> str:
-    """Turn the checker's ``Expected `str`, got `int` - at `$.disks[0].path``` into ``disks[0].path: expected ...``."""
-    reason, _, place = message.partition(" - at `$")
-    reason = (reason[:1].lower() + reason[1:]).replace("`", "")
-    place = place.rstrip("`").lstrip(".")
-    return f"{place}: {reason}" if place else reason
 
 
 def schema() -> dict[str, Any]:

@@ -57,7 +57,10 @@ def test_the_whole_run_takes_less_than_three_seconds(probe: Path, tmp_path: Path
     assert run(probe, tmp_path, cpus=4).seconds < 3
 
 
-@pytest.mark.parametrize("profile", ["minimal", "windows-2008", "full,-time", "full,-stimer-direct,-idle,-crash"])
+@pytest.mark.parametrize(
+    "profile",
+    ["minimal", "windows-server-2008", "windows-11", "linux", "full,-time", "full,-stimer-direct,-idle,-crash"],
+)
 def test_a_profile_offers_exactly_what_works(probe: Path, tmp_path: Path, profile: str) -> None:
     topics = "probe=cpuid,msr,hypercall,synic,smp"
     assert_as_expected(run(probe, tmp_path, cpus=2, enlightenments=profile, disk=False, cmdline=topics))

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enlightenments.catalog import ENLIGHTENMENTS
+from enlightenments.selection import PROFILES, SETTINGS
 from pyvmm.machine import config_file
 from pyvmm.machine.config import (
     MAX_LUNS,
@@ -86,7 +88,7 @@ def test_com1_is_one_of_four_kinds() -> None:
         ({"timeout": float("nan")}, "timeout"),
         ({"timeout": float("inf")}, "timeout"),
         ({"com1": "tty"}, "com1"),
-        ({"enlightenments": "full,stimer"}, "write \\+NAME or -NAME"),
+        ({"enlightenments": "full,stimer"}, "write \\+NAME, -NAME"),
         ({"enlightenments": "none", "disks": [DiskConfig("d")]}, "enlightenment vmbus"),
         ({"name": ""}, "name"),
         ({"name": "a\nb"}, "name"),
@@ -156,6 +158,10 @@ def test_relative_paths_count_from_the_vm_files_folder() -> None:
     )
     assert (config.kernel, config.initrd, config.control, config.com1) == ("/vms/k", "/i", "/vms/c", "unix:/vms/u")
     assert config.disks[0].path == "/vms/../d"
+    assert parse('enlightenments="p.toml,-crash"').enlightenments == "/vms/p.toml,-crash"
+    assert parse('enlightenments="/p.toml"').enlightenments == "/p.toml"
+    with pytest.raises(ConfigError, match=r"a.toml: enlightenments: a profile's path cannot hold a comma: /a,b/p.toml"):
+        parse('enlightenments="p.toml"', "/a,b/a.toml")
 
 
 @pytest.mark.parametrize(
@@ -223,5 +229,7 @@ def test_the_schema_holds_every_field_with_its_description_and_limits() -> None:
         for field in definition["properties"].values():
             assert field["description"]
     assert definitions["VmConfig"]["properties"]["cpus"]["maximum"] == 64
+    description = definitions["VmConfig"]["properties"]["enlightenments"]["description"]
+    assert all(name in description for name in (*ENLIGHTENMENTS, *PROFILES, *SETTINGS))
     json.dumps(definitions)
     assert msgspec.json.encode(definitions)

@@ -113,7 +113,7 @@ def test_msrs_that_do_not_exist_fault(vm: Vm, msr: int) -> None:
 
 
 def test_every_offered_msr_is_answered_by_python_or_c(vm: Vm) -> None:
-    for name in PROFILES["full"]:
+    for name in PROFILES["full"].names:
         for msr in catalog.ENLIGHTENMENTS[name].msrs:
             in_c = vm.partition.synics[0].read_msr(msr) is not None or msr in (REF_COUNT, *APIC)
             assert in_c != (vm.read(msr) is not None), f"{msr:#x}"
