@@ -29,7 +29,9 @@ from enlightenments.tlfs import (
     MSR_VP_ASSIST_PAGE,
     MSR_VP_INDEX,
     MSR_VP_RUNTIME,
-    STATUS_NAMES,
+    hypercall_name,
+    msr_name,
+    status_name,
 )
 from pyvmm.core import _hot
 from pyvmm.core.memory import PAGE_SIZE, GuestMemoryError
@@ -252,14 +254,12 @@ class Partition(Ports):
     def trace_msr(self, vp: int, write: bool, index: int, value: int, valid: bool) -> None:
         """Write a line about an MSR access."""
         what = "wrmsr" if write else "rdmsr"
-        self._tracer.line("msr", f"vp{vp} {what} {index:#x} = {value:#x}{'' if valid else ' -> #GP'}")
+        self._tracer.line("msr", f"vp{vp} {what} {msr_name(index)} = {value:#x}{'' if valid else ' -> #GP'}")
 
     def trace_hypercall(self, vp: int, control: int, input: int, result: int) -> None:
         """Write a line about a hypercall."""
-        status = STATUS_NAMES.get(result & 0xFFFF, f"{result & 0xFFFF:#x}")
-        self._tracer.line(
-            "hypercall", f"vp{vp} call {control & 0xFFFF:#x} control {control:#x} input {input:#x}: {status}"
-        )
+        call = hypercall_name(control & 0xFFFF)
+        self._tracer.line("hypercall", f"vp{vp} {call} control {control:#x} input {input:#x}: {status_name(result)}")
 
     # MSRs ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Numbers of the hypervisor interface: MSRs, hypercalls and status codes.
+"""Numbers of the hypervisor interface, and their names: MSRs, hypercalls and status codes.
 
 Sources: TLFS v6.0b, appendices A to C; Linux ``include/asm-generic/hyperv-tlfs.h`` and
 ``arch/x86/include/asm/hyperv-tlfs.h``.
@@ -56,6 +56,35 @@ HVCALL_START_VP = 0x99
 HVCALL_VP_INDEX_FROM_APIC_ID = 0x9A
 HVCALL_EXT_QUERY_CAPABILITIES = 0x8001
 
+#: Names as in the TLFS, without its HV_X64_MSR_.
+MSR_NAMES = {
+    **{
+        value: name.removeprefix("MSR_")
+        for name, value in globals().items()
+        if name.startswith("MSR_") and name not in ("MSR_BASE", "MSR_COUNT")
+    },
+    **{MSR_SINT0 + i: f"SINT{i}" for i in range(16)},
+    **{MSR_STIMER0_CONFIG + i: f"STIMER{i // 2}_{('CONFIG', 'COUNT')[i % 2]}" for i in range(8)},
+    **{MSR_CRASH_P0 + i: f"CRASH_P{i}" for i in range(5)},
+}
+
+HYPERCALL_NAMES = {
+    HVCALL_FLUSH_SPACE: "HvFlushVirtualAddressSpace",
+    HVCALL_FLUSH_LIST: "HvFlushVirtualAddressList",
+    HVCALL_LONG_SPIN_WAIT: "HvNotifyLongSpinWait",
+    HVCALL_SEND_IPI: "HvSendSyntheticClusterIpi",
+    HVCALL_FLUSH_SPACE_EX: "HvFlushVirtualAddressSpaceEx",
+    HVCALL_FLUSH_LIST_EX: "HvFlushVirtualAddressListEx",
+    HVCALL_SEND_IPI_EX: "HvSendSyntheticClusterIpiEx",
+    HVCALL_GET_VP_REGISTERS: "HvGetVpRegisters",
+    HVCALL_SET_VP_REGISTERS: "HvSetVpRegisters",
+    HVCALL_POST_MESSAGE: "HvPostMessage",
+    HVCALL_SIGNAL_EVENT: "HvSignalEvent",
+    HVCALL_START_VP: "HvStartVirtualProcessor",
+    HVCALL_VP_INDEX_FROM_APIC_ID: "HvGetVpIndexFromApicId",
+    HVCALL_EXT_QUERY_CAPABILITIES: "HvExtCallQueryCapabilities",
+}
+
 SUCCESS = 0
 INVALID_HYPERCALL_CODE = 2
 INVALID_HYPERCALL_INPUT = 3
@@ -85,3 +114,19 @@ STATUS_NAMES = {
     INVALID_VP_STATE: "invalid VP state",
     INVALID_REGISTER_VALUE: "invalid register value",
 }
+
+
+def msr_name(number: int) -> str:
+    """What people call an MSR: its name, or its number if it has none."""
+    return MSR_NAMES.get(number, f"{number:#x}")
+
+
+def hypercall_name(code: int) -> str:
+    """What people call a hypercall: its name, or its code if it has none."""
+    return HYPERCALL_NAMES.get(code, f"{code:#x}")
+
+
+def status_name(result: int) -> str:
+    """What a hypercall's result value says."""
+    status = result & 0xFFFF
+    return STATUS_NAMES.get(status, f"status {status:#x}")

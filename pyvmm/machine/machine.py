@@ -23,6 +23,7 @@ from pyvmm.core.memory import GuestMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from devices.storage.backend import Disk
@@ -462,25 +463,20 @@ class Machine:
     def inspect(self) -> dict[str, Any]:
         """The whole VM as a JSON tree."""
         vps = [processor.hot.counts() for processor in self.processors]
-        exits: dict[str, int] = {}
-        for counts in vps:
-            for reason, count in counts["exits"].items():
-                name = abi.EXIT_NAMES.get(reason, str(reason))
-                exits[name] = exits.get(name, 0) + count
         return {
             "name": self.config.name,
             "state": self._state,
             "cpus": self.config.cpus,
             "memory": self.config.memory,
-            "exits": exits,
-            "msrs": {key: _sum_hex(counts[key] for counts in vps) for key in ("msr_reads", "msr_writes")},
+            "exits": _sum(vps, "exits", _exit_name),
+            "msrs": {key: _sum(vps, key, tlfs.msr_name) for key in ("msr_reads", "msr_writes")},
             "hypercalls": {
-                **_sum_hex(counts["hypercalls"] for counts in vps),
+                **_sum(vps, "hypercalls", tlfs.hypercall_name),
                 "unknown": sum(counts["hypercalls_unknown"] for counts in vps),
             },
             "vps": [
                 {
-                    "exits": {abi.EXIT_NAMES.get(reason, str(reason)): n for reason, n in counts["exits"].items()},
+                    "exits": {_exit_name(reason): count for reason, count in counts["exits"].items()},
                     "registers": registers,
                 }
                 for counts, registers in zip(vps, self._registers(), strict=True)
@@ -503,9 +499,14 @@ class Machine:
             self._lifecycle.release()
 
 
-def _sum_hex(dicts: Any) -> dict[str, int]:
+def _exit_name(reason: int) -> str:
+    return abi.EXIT_NAMES.get(reason, str(reason))
+
+
+def _sum(vps: list[dict[str, Any]], key: str, name_of: Callable[[int], str]) -> dict[str, int]:
+    """What all VPs counted under `key`, by name, in the order of the numbers."""
     total: dict[int, int] = {}
-    for counts in dicts:
-        for key, count in counts.items():
-            total[key] = total.get(key, 0) + count
-    return {f"{key:#x}": total[key] for key in sorted(total)}
+    for counts in vps:
+        for number, count in counts[key].items():
+            total[number] = total.get(number, 0) + count
+    return {name_of(number): total[number] for number in sorted(total)}

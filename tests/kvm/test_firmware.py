@@ -130,7 +130,7 @@ def test_the_report_tells_what_the_guest_did(roms: Roms, tmp_path: Path) -> None
     assert result.returncode == 7
     tree = json.loads(report.read_text())
     assert tree["state"] == "stopped"
-    assert tree["msrs"]["msr_reads"] == {"0x40000002": 2}
+    assert tree["msrs"]["msr_reads"] == {"VP_INDEX": 2}
     assert tree["exits"]["rdmsr"] == 2
     assert tree["exits"]["io"] == 2
     assert tree["board"]["pio"]["unclaimed"] == {"0x77": 1}
@@ -140,7 +140,7 @@ def test_a_trace_has_a_line_for_each_access(roms: Roms) -> None:
     result = roms.cli("movl $0x40000002, %ecx\n rdmsr\n inb $0x77, %al\n EXIT 3", "--trace", "msr,io")
     lines = [line.split("] ")[1] for line in result.stderr.splitlines()]
     assert lines == [
-        "msr: vp0 rdmsr 0x40000002 = 0x0",
+        "msr: vp0 rdmsr VP_INDEX = 0x0",
         "io: pio read 0x77 size 1 = 0xff",
         "io: pio write 0xf4 size 1 = 0x3",
     ]

@@ -176,7 +176,7 @@ def test_an_msr_that_exists_gives_its_value_to_both_registers(roms: Roms) -> Non
     assert vm.run().exit_code == 3
     assert vm.memory.read(0x600, 8) == (0x81000000_11223344).to_bytes(8, "little")
     found = vm.inspect()
-    assert found["msrs"] == {"msr_reads": {"0x40000000": 1}, "msr_writes": {"0x40000000": 1}}
+    assert found["msrs"] == {"msr_reads": {"GUEST_OS_ID": 1}, "msr_writes": {"GUEST_OS_ID": 1}}
     assert found["partition"]["guest_os_id"] == "0x8100000011223344"
 
 

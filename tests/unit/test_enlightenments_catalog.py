@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from enlightenments.catalog import ENLIGHTENMENTS, msr_bitmap
 from enlightenments.selection import PROFILES
-from enlightenments.tlfs import FEATURES, MSR_BASE, MSR_COUNT, RECOMMENDATIONS
+from enlightenments.tlfs import (
+    FEATURES,
+    HYPERCALL_NAMES,
+    MSR_BASE,
+    MSR_COUNT,
+    MSR_NAMES,
+    RECOMMENDATIONS,
+    hypercall_name,
+    msr_name,
+    status_name,
+)
 
 #: Recommends the calls with sparse VP sets; flushes and IPIs both have some.
 EX_MASKS = (RECOMMENDATIONS, "eax", 11)
@@ -47,3 +57,14 @@ def test_the_bitmap_has_a_bit_for_each_offered_msr() -> None:
         offered = {MSR_BASE + bit for bit in range(MSR_COUNT) if bitmap[bit // 8] >> bit % 8 & 1}
         assert offered == {msr for name in chosen for msr in ENLIGHTENMENTS[name].msrs}
         assert len(bitmap) == MSR_COUNT // 8
+
+
+def test_everything_offered_has_a_name_of_its_own() -> None:
+    msrs = [msr for entry in ENLIGHTENMENTS.values() for msr in entry.msrs]
+    calls = [code for entry in ENLIGHTENMENTS.values() for code in entry.hypercalls]
+    assert len({MSR_NAMES[msr] for msr in msrs}) == len(msrs)
+    assert len({HYPERCALL_NAMES[code] for code in calls}) == len(calls)
+    assert (msr_name(0x40000090), msr_name(0x400000B7), msr_name(0x40000104)) == ("SINT0", "STIMER3_COUNT", "CRASH_P4")
+    assert (msr_name(0x40000000), msr_name(0x400001FF), msr_name(0x200)) == ("GUEST_OS_ID", "0x400001ff", "0x200")
+    assert (hypercall_name(0x5C), hypercall_name(0x4FF)) == ("HvPostMessage", "0x4ff")
+    assert (status_name(0x0001_0000_0005), status_name(0x78)) == ("invalid parameter", "status 0x78")

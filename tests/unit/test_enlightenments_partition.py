@@ -328,9 +328,9 @@ def test_traces_tell_the_access_and_its_end() -> None:
     vm.partition.signal_event(1, 2, 7)
     lines = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
     assert lines == [
-        "msr: vp1 wrmsr 0x40000000 = 0x5",
+        "msr: vp1 wrmsr GUEST_OS_ID = 0x5",
         "msr: vp1 rdmsr 0x40000004 = 0x0 -> #GP",
-        "hypercall: vp0 call 0x5c control 0x1005c input 0x1000: invalid hypercall input",
+        "hypercall: vp0 HvPostMessage control 0x1005c input 0x1000: invalid hypercall input",
         "synic: vp0 sint2 message type 0x1, 3 bytes",
         "synic: vp1 sint2 event flag 7",
     ]
