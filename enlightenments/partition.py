@@ -376,6 +376,8 @@ class Partition(Ports):
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
         """See `Ports`."""
+        if connection_id in self._hypercalls.message_ports:
+            raise ValueError(f"connection id {connection_id:#x} is taken")
         self._hypercalls.message_ports[connection_id] = handler
 
     def disconnect_message_port(self, connection_id: int) -> None:
@@ -411,3 +413,9 @@ class Partition(Ports):
         if self._tracer.synic:
             self._tracer.line("synic", f"vp{vp} sint{sint} event flag {flag}")
         self.synics[vp].signal_event(sint, flag)
+
+    def raise_sint(self, vp: int, sint: int) -> None:
+        """See `Ports`."""
+        if self._tracer.synic:
+            self._tracer.line("synic", f"vp{vp} sint{sint} raised")
+        self.synics[vp].raise_sint(sint)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     MessageHandler = Callable[[int, bytes], bool]
 
 
+#: SINTs of each VP.
+SINTS = 16
+
+
 class Ports:
     """What a bus above the hypervisor interface uses. The partition implements it; tests have a fake."""
 
@@ -21,7 +25,10 @@ class Ports:
     vp_count: int
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
-        """Let the guest post to `connection_id`. `handler` runs on the posting VP's thread and must be quick."""
+        """Let the guest post to `connection_id`. `handler` runs on the posting VP's thread and must be quick.
+
+        Raises ValueError if the id is taken.
+        """
         raise NotImplementedError
 
     def disconnect_message_port(self, connection_id: int) -> None:
@@ -29,7 +36,10 @@ class Ports:
         raise NotImplementedError
 
     def connect_event_port(self, connection_id: int, eventfd: int) -> None:
-        """Have HvSignalEvent on `connection_id`, flag 0, write to `eventfd`, with no Python on the way."""
+        """Have HvSignalEvent on `connection_id`, flag 0, write to `eventfd`, with no Python on the way.
+
+        Raises ValueError if the id is taken, or RuntimeError if there are too many already.
+        """
         raise NotImplementedError
 
     def disconnect_event_port(self, connection_id: int) -> None:
@@ -52,5 +62,12 @@ class Ports:
         """Set an event flag (0-2047) of a SINT and interrupt the VP if it was clear; any thread.
 
         Dropped silently when the guest has not enabled that SINT, as on Hyper-V.
+        """
+        raise NotImplementedError
+
+    def raise_sint(self, vp: int, sint: int) -> None:
+        """Interrupt a VP as a message or an event at that SINT would, without either; any thread.
+
+        Dropped silently when the guest has not enabled that SINT.
         """
         raise NotImplementedError

@@ -76,7 +76,7 @@ class ReferenceTime:
 class SynIC:
     """The synthetic interrupt controller and the four synthetic timers of one VP. TLFS chapters 11 and 12.
 
-    MSR access and `scan` belong to the VP's own thread; `post` and `signal_event` to anybody. Times are
+    MSR access and `scan` belong to the VP's own thread; `post`, `signal_event` and `raise_sint` to anybody. Times are
     reference time in 100 ns. With `vm_fd` -1 interrupts are not sent to KVM but kept for `take_interrupts`.
     """
 
@@ -98,6 +98,9 @@ class SynIC:
 
     def signal_event(self, sint: int, flag: int, /) -> bool:
         """Set an event flag and interrupt on 0 to 1; False if the SynIC, its event page or the SINT is off."""
+
+    def raise_sint(self, sint: int, /) -> bool:
+        """Interrupt with no message and no event flag; False if the SynIC or the SINT is off."""
 
     def scan(self, now: int, /) -> int:
         """Deliver queued messages and due timers; return the next deadline in reference time, 0 for none."""

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from devices.legacy.hyperv_testdev import HypervTestdev
     from devices.legacy.ports import PortRange
+    from enlightenments.ports import Ports
     from pyvmm.core.clock import Clock
     from pyvmm.core.device import Device
     from pyvmm.core.irq import IrqLine
@@ -70,6 +72,7 @@ class Board:
         self.power = AcpiPm(irq_line(layout.SCI_IRQ), on_poweroff, clock)
         system_ports = SystemPorts(self.keyboard_controller, on_reset)
         self.devices: list[Device] = []
+        self._hyperv_testdev: HypervTestdev | None = None
         self._add(self.uart, [(layout.COM1_PORT, 8, self.uart, self.uart.name)])
         self._add(self.rtc, self.rtc.ports())
         self._add(self.keyboard_controller, self.keyboard_controller.ports())
@@ -77,18 +80,27 @@ class Board:
         self._add(system_ports, system_ports.ports())
 
     def add_test_devices(
-        self, memory: GuestMemory, irq_line: Callable[[int], IrqLine], cpus: int, on_exit: Callable[[int], None]
+        self,
+        memory: GuestMemory,
+        irq_line: Callable[[int], IrqLine],
+        cpus: int,
+        worker: Worker,
+        ports: Ports,
+        on_exit: Callable[[int], None],
     ) -> None:
         """Add what test programs expect of QEMU. `on_exit` gets the guest's exit status, on a VP's thread."""
         from devices.legacy import testdev
         from devices.legacy.fw_cfg import FwCfg
+        from devices.legacy.hyperv_testdev import HypervTestdev
 
         debug_exit = testdev.DebugExit(on_exit)
         pc_testdev = testdev.PcTestdev(memory.forget_page, [irq_line(number) for number in range(testdev.LINES)])
         fw_cfg = FwCfg(memory.size, cpus)
+        self._hyperv_testdev = HypervTestdev(ports, worker)
         self._add(debug_exit, debug_exit.ports())
         self._add(pc_testdev, pc_testdev.ports(), pc_testdev.memory())
         self._add(fw_cfg, fw_cfg.ports())
+        self._add(self._hyperv_testdev, self._hyperv_testdev.ports())
 
     def _add(self, device: Device, ports: list[PortRange], memory: list[PortRange] | None = None) -> None:
         self.devices.append(device)
@@ -111,6 +123,11 @@ class Board:
         """Go on."""
         for device in self.devices:
             device.resume()
+
+    def close(self) -> None:
+        """Give back what the devices hold of the host; the VPs are gone."""
+        if self._hyperv_testdev is not None:
+            self._hyperv_testdev.close()
 
     def inspect(self) -> dict[str, Any]:
         """The devices by name, and the buses."""

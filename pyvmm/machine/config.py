@@ -84,7 +84,7 @@ DESCRIPTIONS = {
     "com1": "where the first serial port goes: stdio, file:PATH, unix:PATH or none",
     "control": "unix socket on which 'pyvmm ctl' reaches the VM",
     "reboot": "start again when the guest resets, instead of ending",
-    "testdev": "add QEMU's devices for test programs: isa-debug-exit at port 0xf4, pc-testdev, fw_cfg",
+    "testdev": "add QEMU's devices for test programs: isa-debug-exit (port 0xf4), pc-testdev, hyperv-testdev, fw_cfg",
     "timeout": "stop the VM after this many seconds",
     "path": "disk image, raw",
     "readonly": "refuse the guest's writes",

@@ -162,6 +162,8 @@ class Machine:
                 self.memory,
                 self._vm.irq_line,
                 config.cpus,
+                self._worker,
+                self.partition,
                 lambda status: self._post(Outcome("exit", status & 0xFF)),
             )
         address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
@@ -387,6 +389,8 @@ class Machine:
         if self._synthetic is not None:
             self._synthetic.close()
             self._synthetic = None
+        if getattr(self, "board", None) is not None:
+            self.board.close()
         if getattr(self, "_worker", None) is not None:
             self._worker.stop()
         for _, disk in self._disks:

@@ -71,18 +71,21 @@ class FakePorts(Ports):
         #: Event flags that are set, as (VP, SINT, flag), and how often each was signalled.
         self.flags: set[tuple[int, int, int]] = set()
         self.signals: Counter[tuple[int, int, int]] = Counter()
+        self.raised: list[tuple[int, int]] = []
         self._space_event = -1
         self._refused = False
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
-        assert connection_id not in self.handlers
+        if connection_id in self.handlers:
+            raise ValueError(f"connection id {connection_id:#x} is taken")
         self.handlers[connection_id] = handler
 
     def disconnect_message_port(self, connection_id: int) -> None:
         del self.handlers[connection_id]
 
     def connect_event_port(self, connection_id: int, eventfd: int) -> None:
-        assert connection_id not in self.event_ports
+        if connection_id in self.event_ports:
+            raise ValueError(f"connection id {connection_id:#x} is taken")
         self.event_ports[connection_id] = eventfd
 
     def disconnect_event_port(self, connection_id: int) -> None:
@@ -113,6 +116,10 @@ class FakePorts(Ports):
             self.signals[vp, sint, flag] += 1
             self.changed.notify_all()
 
+    def raise_sint(self, vp: int, sint: int) -> None:
+        assert 0 <= vp < self.vp_count
+        self.raised.append((vp, sint))
+
     # The guest's side.
 
     def wait_for(self, predicate: Callable[[], object], what: str) -> None:
@@ -133,9 +140,13 @@ class FakePorts(Ports):
 
     def take_flag(self, vp: int, flag: int) -> None:
         """Wait for an event flag and clear it."""
-        self.wait_for(lambda: (vp, SINT, flag) in self.flags, f"signal of flag {flag} on VP {vp}")
+        self.take_flag_of(vp, SINT, flag)
+
+    def take_flag_of(self, vp: int, sint: int, flag: int) -> None:
+        """`take_flag` for another SINT than VMBus's."""
+        self.wait_for(lambda: (vp, sint, flag) in self.flags, f"signal of flag {flag} on VP {vp}")
         with self.changed:
-            self.flags.discard((vp, SINT, flag))
+            self.flags.discard((vp, sint, flag))
 
     def hv_signal_event(self, connection_id: int) -> bool:
         """HvSignalEvent; False where it returns an error."""

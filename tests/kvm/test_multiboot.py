@@ -232,3 +232,133 @@ def test_without_testdev_there_is_no_fw_cfg(roms: Roms, tmp_path: Path) -> None:
     machine = roms.machine("", firmware=None, kernel=str(kernel), memory=2 << 20, testdev=False, timeout=PATIENCE_S)
     assert machine.run().kind == "poweroff"
     assert machine.inspect()["board"]["pio"]["unclaimed"] == {"0x510": 1, "0x511": 1}
+
+
+#: Turns on the LAPIC, the hypercall page at 0x6000, and the SynIC with message page 0x7000 and event page 0x8000.
+#: SINTs 8 and 9 interrupt on vector 0x60, which counts at 0x5000.
+SYNIC = """
+.macro SETMSR index value
+    movl $\\index, %ecx
+    movl $\\value, %eax
+    xorl %edx, %edx
+    wrmsr
+.endm
+.macro COMMAND connection control sint
+    movl $\\connection << 24 | \\control << 16 | \\sint, %eax
+    movw $0x3000, %dx
+    outl %eax, %dx
+.endm
+.macro AWAIT value address
+2:  pause
+    cmpl $\\value, \\address
+    jne 2b
+.endm
+.macro POST              # the message at 0x9000
+    movl $0x5c, %eax
+    xorl %edx, %edx
+    xorl %ebx, %ebx
+    movl $0x9000, %ecx
+    call *page
+.endm
+    jmp begin
+interrupt:
+    incl 0x5000
+    movl $0, 0xfee000b0
+    pushl 8(%esp)        # kvm_pvm has no iret here
+    popfl
+    ret $8
+page:
+    .long 0x6000
+idt:
+    .word 0x60 * 8 + 7
+    .long 0xa000
+begin:
+    movl $interrupt, %eax
+    movw %ax, 0xa300
+    movw $0x10, 0xa302
+    movw $0x8e00, 0xa304
+    shrl $16, %eax
+    movw %ax, 0xa306
+    lidt idt
+    movl $0x1ff, 0xfee000f0
+    SETMSR 0x40000000 1
+    SETMSR 0x40000001 0x6001
+    SETMSR 0x40000082 0x8001
+    SETMSR 0x40000083 0x7001
+    SETMSR 0x40000080 1
+    SETMSR 0x40000098 0x60
+    SETMSR 0x40000099 0x60
+    sti
+"""
+
+
+def test_the_hyperv_test_device_raises_sints_and_echoes_messages_and_events(tmp_path: Path) -> None:
+    body = f"""{CHECK}{SYNIC}
+    COMMAND 0 1 8            # a route, and its SINT
+    COMMAND 0 3 8
+    AWAIT 1 0x5000
+
+    COMMAND 0x10 4 8         # a message comes back
+    movl $0x10, 0x9000
+    movl $7, 0x9008
+    movl $4, 0x900c
+    movl $0x64636261, 0x9010
+    POST
+    testl %eax, %eax
+    CHECK 1
+    AWAIT 7 0x7800
+    AWAIT 2 0x5000
+    cmpl $0x64636261, 0x7810
+    CHECK 2
+
+    movl $0x68676665, 0x9010 # the next one waits for its slot
+    POST
+    testl %eax, %eax
+    CHECK 3
+3:  testb $1, 0x7805
+    jz 3b
+    cmpl $0x64636261, 0x7810
+    CHECK 4
+    cmpl $2, 0x5000
+    CHECK 5
+    movl $0, 0x7800
+    SETMSR 0x40000084 0
+    AWAIT 7 0x7800
+    AWAIT 3 0x5000
+    cmpl $0x68676665, 0x7810
+    CHECK 6
+
+    movl $100, %esi          # and there is an end to waiting
+4:  POST
+    testl %eax, %eax
+    jnz 5f
+    decl %esi
+    jnz 4b
+5:  cmpl $0x13, %eax
+    CHECK 7
+
+    COMMAND 0x20 6 9         # an event sets the flag of its connection's number
+    movl $0x1005d, %eax
+    xorl %edx, %edx
+    xorl %ebx, %ebx
+    movl $0x20, %ecx
+    call *page
+    testl %eax, %eax
+    CHECK 8
+    AWAIT 1 0x8904
+    AWAIT 4 0x5000
+
+    COMMAND 0x10 5 0
+    POST
+    cmpl $0x12, %eax
+    CHECK 9
+    {PASSED}
+"""
+    assert run_cli("--kernel", str(build_kernel(body, tmp_path / "kernel"))).returncode == STATUS
+
+
+def test_a_wrong_request_to_the_hyperv_test_device_ends_the_vm_in_one_line(tmp_path: Path) -> None:
+    body = f"{SYNIC}\n COMMAND 0x10 5 8\n {PASSED}"
+    result = run_cli("--kernel", str(build_kernel(body, tmp_path / "kernel")))
+    assert result.returncode == 4
+    assert result.stderr == "pyvmm: VP 0: hyperv-testdev: command 0x10050008 is about what was never made\n"

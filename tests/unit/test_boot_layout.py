@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from devices.legacy import acpi_pm, fw_cfg, rtc, testdev
+from devices.legacy import acpi_pm, fw_cfg, hyperv_testdev, rtc, testdev
 from pyvmm.boot import layout
 from pyvmm.boot.acpi.tables import RTC_CENTURY
 from pyvmm.core.memory import HOLE_END, HOLE_START
@@ -57,6 +57,7 @@ def test_the_test_devices_agree_with_the_layout() -> None:
     assert testdev.LINES_PORT == layout.PC_TESTDEV_LINES_PORT
     assert testdev.BUFFER_ADDRESS == layout.PC_TESTDEV_BUFFER
     assert fw_cfg.FW_CFG_PORT == layout.FW_CFG_PORT
+    assert hyperv_testdev.HYPERV_TESTDEV_PORT == layout.HYPERV_TESTDEV_PORT
 
 
 def test_the_rtc_keeps_the_century_where_the_fadt_says() -> None:

@@ -301,6 +301,8 @@ def test_ports_lead_from_the_guest_to_the_host(vm: Vm) -> None:
     assert vm.partition.hypercall(0, 0x5C, 0xB000, 0) == 0
     assert vm.partition.forward(1, 6, b"again")
     assert taken == [(5, b"hi"), (6, b"again")]
+    with pytest.raises(ValueError, match="connection id 0x1 is taken"):
+        vm.partition.connect_message_port(1, port)
     vm.partition.disconnect_message_port(1)
     vm.partition.disconnect_message_port(1)
     assert not vm.partition.forward(1, 6, b"")

@@ -277,6 +277,28 @@ def test_flags_of_a_closed_sint_are_not_set(guest: SynicGuest, msr: int, value: 
     assert guest.interrupts() == []
 
 
+def test_a_raised_sint_interrupts_and_nothing_else(guest: SynicGuest) -> None:
+    guest.enable(2)
+    before = bytes(guest.ram)
+    assert guest.synic.raise_sint(2)
+    assert guest.synic.raise_sint(2)
+    assert guest.interrupts() == [VECTOR + 2] * 2
+    assert guest.ram == before
+    guest.enable(3, flags=POLLING)
+    assert guest.synic.raise_sint(3)
+    assert guest.interrupts() == []
+
+
+@pytest.mark.parametrize(("msr", "value"), [(SCONTROL, 0), (SINT0 + 2, VECTOR | MASKED)])
+def test_a_closed_sint_cannot_be_raised(guest: SynicGuest, msr: int, value: int) -> None:
+    guest.enable(2)
+    assert guest.write(msr, value)
+    assert not guest.synic.raise_sint(2)
+    assert guest.interrupts() == []
+    with pytest.raises(ValueError, match="there is no SINT 16"):
+        guest.synic.raise_sint(16)
+
+
 @pytest.mark.parametrize(("sint", "flag"), [(16, 0), (0, 2048), (0, 0xFFFFFFFF)])
 def test_a_flag_that_does_not_exist_is_the_callers_error(guest: SynicGuest, sint: int, flag: int) -> None:
     guest.enable(0)

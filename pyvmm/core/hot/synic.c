@@ -261,6 +261,15 @@ bool synic_set_event_flag(SynICObject *self, unsigned sint, unsigned flag)
 	return true;
 }
 
+bool synic_raise_sint(SynICObject *self, unsigned sint)
+{
+	if (!sint_open(self, sint))
+		return false;
+	if (!(self->sint[sint] & SINT_POLLING))
+		synic_interrupt(self, (uint8_t)self->sint[sint]);
+	return true;
+}
+
 void hot_synic_attach(SynICObject *self, VpObject *vp)
 {
 	pthread_mutex_lock(&self->lock);

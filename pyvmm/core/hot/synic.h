@@ -71,6 +71,8 @@ bool synic_enqueue(SynICObject *synic, unsigned sint, uint32_t type, const void 
 bool synic_queue_waits(const SynICObject *synic, unsigned sint);
 // False if the SynIC, the event flags page or the SINT is off.
 bool synic_set_event_flag(SynICObject *synic, unsigned sint, unsigned flag);
+// False if the SynIC or the SINT is off.
+bool synic_raise_sint(SynICObject *synic, unsigned sint);
 void synic_power_on(SynICObject *synic);
 void synic_interrupt(SynICObject *synic, uint8_t vector);
 

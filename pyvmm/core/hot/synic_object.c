@@ -110,6 +110,17 @@ static PyObject *synic_signal_event(SynICObject *self, PyObject *args)
 	return PyBool_FromLong(open);
 }
 
+static PyObject *synic_raise(SynICObject *self, PyObject *args)
+{
+	unsigned sint;
+	if (!PyArg_ParseTuple(args, "I:raise_sint", &sint) || !check_sint(sint))
+		return NULL;
+	pthread_mutex_lock(&self->lock);
+	bool open = synic_raise_sint(self, sint);
+	pthread_mutex_unlock(&self->lock);
+	return PyBool_FromLong(open);
+}
+
 static PyObject *synic_scan(SynICObject *self, PyObject *args)
 {
 	unsigned long long now;
@@ -325,6 +336,7 @@ static PyMethodDef synic_methods[] = {
 	{"write_msr", (PyCFunction)synic_write_msr, METH_VARARGS, NULL},
 	{"post", (PyCFunction)synic_post, METH_VARARGS, NULL},
 	{"signal_event", (PyCFunction)synic_signal_event, METH_VARARGS, NULL},
+	{"raise_sint", (PyCFunction)synic_raise, METH_VARARGS, NULL},
 	{"scan", (PyCFunction)synic_scan, METH_VARARGS, NULL},
 	{"take_interrupts", (PyCFunction)synic_take_interrupts, METH_NOARGS, NULL},
 	{"reset", (PyCFunction)synic_reset, METH_NOARGS, NULL},
