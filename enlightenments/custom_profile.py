@@ -25,20 +25,15 @@ class CustomProfile(msgspec.Struct, forbid_unknown_fields=True):
     remove: Annotated[
         list[_Name], msgspec.Meta(description="enlightenments to remove, and with them what needs them")
     ] = []
-    spinlocks: (
-        Annotated[
-            int | str, msgspec.Meta(description="how often a guest tries for a lock before it tells of that, or never")
-        ]
-        | None
-    ) = None
-    vendor_id: (
-        Annotated[
-            str,
-            msgspec.Meta(description="vendor in CPUID, 1 to 12 printable ASCII characters; Linux wants Microsoft Hv"),
-        ]
-        | None
-    ) = None
-    version: Annotated[str, msgspec.Meta(description="version in CPUID, MAJOR.MINOR.BUILD")] | None = None
+    spinlocks: Annotated[
+        int | str | None,
+        msgspec.Meta(description="how often a guest tries for a lock before it tells of that, or never"),
+    ] = None
+    vendor_id: Annotated[
+        str | None,
+        msgspec.Meta(description="vendor in CPUID, 1 to 12 printable ASCII characters; Linux wants Microsoft Hv"),
+    ] = None
+    version: Annotated[str | None, msgspec.Meta(description="version in CPUID, MAJOR.MINOR.BUILD")] = None
 
 
 def load(path: str) -> Selection:
