@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 
 from enlightenments import catalog, hypercall_page
-from enlightenments.hypercalls import Hypercalls
+from enlightenments.hypercalls import Hypercalls, layouts_of
 from enlightenments.overlay import OverlayPage
 from enlightenments.ports import Ports
+from enlightenments.registers import Registers
 from enlightenments.tlfs import (
-    HVCALL_SIGNAL_EVENT,
     MSR_APIC_FREQUENCY,
     MSR_CRASH_CTL,
     MSR_CRASH_P0,
@@ -22,6 +22,7 @@ from enlightenments.tlfs import (
     MSR_REENLIGHTENMENT_CONTROL,
     MSR_REFERENCE_TSC,
     MSR_RESET,
+    MSR_TIME_REF_COUNT,
     MSR_TSC_EMULATION_CONTROL,
     MSR_TSC_EMULATION_STATUS,
     MSR_TSC_FREQUENCY,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from enlightenments.hypercalls import Answer, StartVp
     from enlightenments.ports import MessageHandler
     from enlightenments.selection import Selection
     from pyvmm.core.memory import GuestMemory
@@ -82,8 +84,8 @@ def _saved_u64(value: object) -> int:
 class Partition(Ports):
     """The hypervisor interface of one VM.
 
-    `on_reset` and `on_crash` are called on a VP's thread when the guest asks for a reset or reports a crash
-    (five parameters and the message, if it sent one).
+    `leaves` are the hypervisor's CPUID leaves. `on_reset` and `on_crash` are called on a VP's thread when the guest
+    asks for a reset or reports a crash (five parameters and the message, if it sent one), `start_vp` when it starts one.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Partition(Ports):
         tracer: Tracer,
         on_reset: Callable[[], None],
         on_crash: Callable[[list[int], str], None],
+        start_vp: StartVp,
+        leaves: dict[int, tuple[int, int, int, int]],
     ) -> None:
         self.vp_count = vp_count
         self.chosen = chosen
@@ -106,10 +110,9 @@ class Partition(Ports):
         self._on_crash = on_crash
         self._tsc_khz = 0
         self._vps: list[_hot.Vp] = []
-        offered = catalog.hypercalls_of(chosen.names)
-        self._hypercalls = Hypercalls(memory, offered)
-        self._signal_event_offered = HVCALL_SIGNAL_EVENT in offered
-        self._msrs_offered = catalog.msr_bitmap(chosen.names)
+        msrs = {msr for name in chosen.names for msr in catalog.ENLIGHTENMENTS[name].msrs}
+        registers = Registers(msrs, leaves, self._read_any_msr, self._write_any_msr)
+        self._hypercalls = Hypercalls(vp_count, registers, start_vp)
         self._hypercall_page = OverlayPage(memory)
         self._reference_page = OverlayPage(memory)
         self._power_on_state()
@@ -172,12 +175,17 @@ class Partition(Ports):
 
     def add_vp(self, vp: _hot.Vp) -> None:
         """Let the interface answer a VP, which comes in the order of the indices."""
-        vp.offer_msrs(self._msrs_offered)
-        vp.signal_event_offered = self._signal_event_offered
+        vp.offer_msrs(catalog.msr_bitmap(self.chosen.names))
+        vp.offer_hypercalls(layouts_of(catalog.hypercalls_of(self.chosen.names)))
+        vp.xmm_input = "xmm-input" in self.chosen
+        vp.extended_ranges = "tlbflush-ext" in self.chosen
         vp.trace_msr = self._tracer.msr
         vp.trace_hypercall = self._tracer.hypercall
         vp.hypercalls_enabled = bool(self._hypercall_msr & _ENABLE)
         self._vps.append(vp)
+        if len(self._vps) == self.vp_count:
+            for each in self._vps:
+                each.set_peers(tuple(self._vps))
 
     def reset(self) -> None:
         """Power-on state of all MSRs. The VPs are stopped; guest memory is no longer anybody's."""
@@ -206,8 +214,11 @@ class Partition(Ports):
         try:
             if state["version"] != 1 or any(len(state[key]) != self.vp_count for key in ("synics", "assist")):
                 raise ValueError("not of version 1 with as many VPs")
+            _saved_u64(state["tsc_khz"])
             for key, attribute in _SAVED_MSRS.items():
                 setattr(self, attribute, _saved_u64(state[key]))
+            if self._reenlightenment >> 32 >= self.vp_count:
+                raise ValueError("re-enlightenment of a VP that is not there")
             self._crash = [_saved_u64(value) for value in state["crash"]]
             if len(self._crash) != 5:
                 raise ValueError("not five crash parameters")
@@ -219,6 +230,8 @@ class Partition(Ports):
         except (ValueError, KeyError, TypeError, GuestMemoryError) as error:
             raise ValueError(f"saved hypervisor state does not fit: {error}") from error
         self._show_hypercalls()
+        if state["tsc_khz"] != self._tsc_khz and self._reenlightenment & _REENLIGHTENMENT_ENABLE:
+            self.synics[self._reenlightenment >> 32].interrupt(self._reenlightenment & _REENLIGHTENMENT_VECTOR)
 
     def inspect(self) -> dict[str, Any]:
         """What the guest has set up."""
@@ -247,9 +260,22 @@ class Partition(Ports):
         writer = self._writers.get(index)
         return False if writer is None else writer(vp, value)
 
-    def hypercall(self, vp: int, control: int, input: int, output: int) -> int:
-        """Answer a hypercall that C does not; return the result value."""
-        return self._hypercalls.call(control, input)
+    def hypercall(self, vp: int, code: int, input: bytes, start: int, count: int) -> Answer:
+        """Answer a hypercall that C does not: elements from `start` up to `count` are to be done."""
+        return self._hypercalls.call(vp, code, input, start, count)
+
+    def _read_any_msr(self, vp: int, index: int) -> int | None:
+        if index == MSR_TIME_REF_COUNT:
+            assert self.reference is not None
+            return self.reference.now()
+        value = self.synics[vp].read_msr(index)
+        return self.read_msr(vp, index) if value is None else value
+
+    def _write_any_msr(self, vp: int, index: int, value: int) -> bool:
+        if index in self._writers:
+            return self.write_msr(vp, index, value)
+        assert self.reference is not None
+        return self.synics[vp].write_msr(index, value, self.reference.now())
 
     def trace_msr(self, vp: int, write: bool, index: int, value: int, valid: bool) -> None:
         """Write a line about an MSR access."""
@@ -323,6 +349,8 @@ class Partition(Ports):
             except GuestMemoryError:
                 return False
         self._assist[vp] = value
+        if "vapic" in self.chosen:
+            self._vps[vp].set_lazy_eoi(value & _PAGE_ADDRESS if value & _ENABLE else 0)
         return True
 
     def _write_reenlightenment(self, vp: int, value: int) -> bool:

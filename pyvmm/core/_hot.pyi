@@ -102,6 +102,9 @@ class SynIC:
     def raise_sint(self, sint: int, /) -> bool:
         """Interrupt with no message and no event flag; False if the SynIC or the SINT is off."""
 
+    def interrupt(self, vector: int, /) -> None:
+        """Interrupt the VP past all SINTs; any thread."""
+
     def scan(self, now: int, /) -> int:
         """Deliver queued messages and due timers; return the next deadline in reference time, 0 for none."""
 
@@ -138,8 +141,10 @@ class Vp:
 
     hypercalls_enabled: bool
     """Whether the hypercall page's ports trap; off until the guest enables the page."""
-    signal_event_offered: bool
-    """Whether HvSignalEvent is answered; otherwise it goes to `HypervisorCalls.hypercall` like every other call."""
+    xmm_input: bool
+    """Whether fast hypercalls may have input in XMM0 to XMM5."""
+    extended_ranges: bool
+    """Whether lists of TLB flushes may have ranges of large pages."""
     trace_msr: bool
     trace_hypercall: bool
 
@@ -169,6 +174,18 @@ class Vp:
     def offer_msrs(self, bitmap: bytes, /) -> None:
         """Which of the 512 MSRs from 0x40000000 exist, a bit each; the others give the guest #GP."""
 
+    def offer_hypercalls(self, layouts: Sequence[tuple[int, int, int, int, int, bool]], /) -> None:
+        """Which hypercalls exist, as in ``enlightenments.hypercalls.LAYOUTS``; the others are status 2."""
+
+    def hypercall(self, control: int, input: int, output: int, xmm: bytes = ..., /) -> int:
+        """Answer a hypercall as if the guest had made it, with these registers; return the result value."""
+
+    def set_peers(self, vps: tuple[Vp, ...], /) -> None:
+        """Introduce all VPs of the partition by index, this one too, for flushes and interrupts; once."""
+
+    def set_lazy_eoi(self, gpa: int, /) -> bool:
+        """Where KVM tells the guest of EOIs that it may leave out (0: nowhere); False if this KVM does not do that."""
+
     def counts(self) -> dict[str, Any]:
         """Counters since the VP was made.
 
@@ -186,8 +203,12 @@ class HypervisorCalls(Protocol):
     def write_msr(self, vp: int, index: int, value: int, /) -> bool:
         """False for #GP."""
 
-    def hypercall(self, vp: int, control: int, input: int, output: int, /) -> int:
-        """The hypercall result value: status in bits 0-15, completed repetitions in bits 32-43."""
+    def hypercall(self, vp: int, code: int, input: bytes, start: int, count: int, /) -> tuple[int, int, bytes]:
+        """Status, completed repetitions, and the output of the elements from `start` up to the completed ones.
+
+        `input` is whole and of the size that the call's layout and `count` give; `start` and `count` are 0 for a
+        simple call.
+        """
 
     def trace_msr(self, vp: int, write: bool, index: int, value: int, valid: bool, /) -> None: ...
     def trace_hypercall(self, vp: int, control: int, input: int, result: int, /) -> None: ...

@@ -143,8 +143,17 @@ class Machine:
         except ValueError as error:
             raise MachineError(str(error), EXIT_HOST) from error
         self._worker = Worker("board", self._on_worker_error, self._clock)
+        address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
+        hypervisor = hypervisor_leaves(chosen, config.cpus, address_bits)
         self.partition = Partition(
-            self.memory, chosen, config.cpus, self._tracer, self._on_guest_reset, self._on_guest_crash
+            self.memory,
+            chosen,
+            config.cpus,
+            self._tracer,
+            self._on_guest_reset,
+            self._on_guest_crash,
+            self._start_vp,
+            hypervisor,
         )
         self.board = Board(
             self.memory,
@@ -166,8 +175,6 @@ class Machine:
                 self.partition,
                 lambda status: self._post(Outcome("exit", status & 0xFF)),
             )
-        address_bits = next((leaf.eax & 0xFF for leaf in supported if leaf.function == 0x8000_0008), 36)
-        hypervisor = hypervisor_leaves(chosen, config.cpus, address_bits)
         self.processors: list[Processor] = []
         for index in range(config.cpus):
             vp, hot = self._make_vp(index, guest_cpuid(supported, hypervisor, index, config.cpus))
@@ -238,6 +245,15 @@ class Machine:
 
     def _on_guest_reset(self) -> None:
         self._post(Outcome("reset", EXIT_RESET))
+
+    def _start_vp(self, caller: int, index: int, context: bytes) -> int:
+        from pyvmm.machine.start_vp import start
+
+        if index == caller:
+            return tlfs.INVALID_VP_STATE
+        target = self.processors[index]
+        status = self.processors[caller].ask(target, lambda: start(target.vp, context))
+        return tlfs.INVALID_VP_STATE if status is None else status
 
     def _on_guest_crash(self, parameters: list[int], message: str) -> None:
         text = "the guest reports a crash: " + " ".join(f"P{i}={value:#x}" for i, value in enumerate(parameters))

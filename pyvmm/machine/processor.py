@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 
 from pyvmm.boot.entry import CODE_SELECTOR, DATA_SELECTOR
 from pyvmm.core.kvm import abi, capabilities
@@ -22,6 +23,19 @@ _CR0_ET, _CR0_MP = 1 << 4, 1 << 1
 _CR4_PAE = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 _RFLAGS_RESERVED = 2
+#: How often a VP that waits for another looks whether the other waits for it.
+_LOOK_ROUND_S = 0.001
+
+
+class _Request:
+    """Something that one VP's thread asks of another's."""
+
+    __slots__ = ("action", "done", "result")
+
+    def __init__(self, action: Callable[[], int]) -> None:
+        self.action = action
+        self.done = threading.Event()
+        self.result = 0
 
 
 class Processor:
@@ -46,6 +60,7 @@ class Processor:
         self._go = False
         self._parked = True
         self._ending = False
+        self._requests: deque[_Request] = deque()  # of other VPs' threads
         self._thread = threading.Thread(target=self._main, name=f"vp{vp.index}", daemon=True)
 
     def enter(self, entry: EntryState) -> None:
@@ -99,6 +114,28 @@ class Processor:
             self._go = False
         self.hot.stop()
 
+    def ask(self, other: Processor, action: Callable[[], int]) -> int | None:
+        """Have `action` done on the thread of `other`, outside the guest; on this VP's own thread, from within `run`.
+
+        What others ask of this one is done meanwhile, so that two VPs can ask each other. None if `other` ends instead.
+        """
+        request = _Request(action)
+        other._requests.append(request)
+        other.hot.stop()
+        with other._changed:
+            other._changed.notify_all()
+        while not request.done.wait(_LOOK_ROUND_S):
+            if other._ending:
+                return None
+            self._do_requests()
+        return request.result
+
+    def _do_requests(self) -> None:
+        while self._requests:
+            request = self._requests.popleft()
+            request.result = request.action()
+            request.done.set()
+
     def wait_parked(self) -> None:
         """Return once the thread is out of the guest and of every device. Never on the VP's own thread."""
         with self._changed:
@@ -127,6 +164,7 @@ class Processor:
     def _main(self) -> None:
         while self._may_run():
             try:
+                self._do_requests()
                 reason = self.hot.run()
                 if reason != abi.EXIT_INTR:
                     self._forbid()
@@ -138,6 +176,7 @@ class Processor:
     def _may_run(self) -> bool:
         with self._changed:
             while not self._go and not self._ending:
+                self._do_requests()
                 self._parked = True
                 self._changed.notify_all()
                 self._changed.wait()

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enlightenments import catalog, hypercall_page
-from enlightenments.partition import Partition
-from enlightenments.selection import PROFILES, parse_spec
-from pyvmm.core import _hot
-from pyvmm.core.memory import GuestMemory
+from enlightenments.selection import PROFILES
 from pyvmm.core.trace import Tracer
+from tests.fakes.partition import SIZE, TSC_KHZ, Vm
 
 OS_ID, HYPERCALL, VP_INDEX, RESET = 0x40000000, 0x40000001, 0x40000002, 0x40000003
 RUNTIME, REF_COUNT, REF_TSC, TSC_HZ, APIC_HZ = 0x40000010, 0x40000020, 0x40000021, 0x40000022, 0x40000023
@@ -23,65 +21,7 @@ APIC = (0x40000070, 0x40000071, 0x40000072)
 ASSIST, IDLE, CRASH_P0, CRASH_CTL = 0x40000073, 0x400000F0, 0x40000100, 0x40000105
 NOTIFY, MESSAGE = 1 << 63, 1 << 62
 
-SIZE = 1 << 20
-TSC_KHZ = 2_000_000
 LINUX = 0x8100_0000_0000_0000
-
-
-class Vm:
-    """A partition with two VPs and no KVM."""
-
-    def __init__(self, spec: str = "full", tracer: Tracer | None = None) -> None:
-        self.memory = GuestMemory(SIZE)
-        self.memory.add_rom(0xFFFFF000, b"R" * 0x1000)
-        self.resets = 0
-        self.crashes: list[tuple[list[int], str]] = []
-        self.partition = Partition(
-            self.memory,
-            parse_spec(spec),
-            2,
-            tracer or Tracer(),
-            self._reset,
-            lambda parameters, message: self.crashes.append((parameters, message)),
-        )
-        self.partition.set_reference_time(TSC_KHZ, 0)
-        self.vps = []
-        assert self.partition.reference is not None
-        for index in range(2):
-            synic = self.partition.add_synic(-1, index)
-            self.vps.append(
-                _hot.Vp(
-                    -1,
-                    index,
-                    bytearray(16384),  # type: ignore[arg-type]
-                    self.memory.hot,
-                    synic,
-                    self.partition.doorbells,
-                    self.partition.reference,
-                    None,
-                    None,
-                    self.partition,
-                )
-            )
-            self.partition.add_vp(self.vps[-1])
-
-    def _reset(self) -> None:
-        self.resets += 1
-
-    def read(self, msr: int, vp: int = 0) -> int | None:
-        return self.partition.read_msr(vp, msr)
-
-    def write(self, msr: int, value: int, vp: int = 0) -> bool:
-        return self.partition.write_msr(vp, msr, value)
-
-    def page(self, gpa: int) -> bytes:
-        return self.memory.read(gpa, 4096)
-
-    @property
-    def hypercalls_trap(self) -> bool:
-        states = {vp.hypercalls_enabled for vp in self.vps}
-        assert len(states) == 1
-        return states.pop()
 
 
 @pytest.fixture
@@ -283,12 +223,6 @@ def test_a_crash_message_is_at_most_a_page(vm: Vm) -> None:
 # What is offered
 
 
-def test_signal_event_is_answered_in_c_only_where_it_is_offered() -> None:
-    assert Vm("full").vps[0].signal_event_offered
-    assert not Vm("minimal").vps[0].signal_event_offered
-    assert Vm("minimal").partition.hypercall(0, 0x5D, 0, 0) == 2
-
-
 def test_ports_lead_from_the_guest_to_the_host(vm: Vm) -> None:
     taken: list[Any] = []
 
@@ -298,7 +232,7 @@ def test_ports_lead_from_the_guest_to_the_host(vm: Vm) -> None:
 
     vm.partition.connect_message_port(1, port)
     vm.memory.write(0xB000, b"\1\0\0\0\0\0\0\0\5\0\0\0\2\0\0\0hi")
-    assert vm.partition.hypercall(0, 0x5C, 0xB000, 0) == 0
+    assert vm.call(0x5C, 0xB000) == 0
     assert vm.partition.forward(1, 6, b"again")
     assert taken == [(5, b"hi"), (6, b"again")]
     with pytest.raises(ValueError, match="connection id 0x1 is taken"):
@@ -306,7 +240,7 @@ def test_ports_lead_from_the_guest_to_the_host(vm: Vm) -> None:
     vm.partition.disconnect_message_port(1)
     vm.partition.disconnect_message_port(1)
     assert not vm.partition.forward(1, 6, b"")
-    assert vm.partition.hypercall(0, 0x5C, 0xB000, 0) == 0x12
+    assert vm.call(0x5C, 0xB000) == 0x12
 
 
 def test_event_ports_lead_to_eventfds(vm: Vm) -> None:

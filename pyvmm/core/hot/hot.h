@@ -97,6 +97,11 @@ bool hot_synic_read_msr(SynICObject *synic, uint32_t index, uint64_t *value);
 bool hot_synic_write_msr(SynICObject *synic, uint32_t index, uint64_t value, uint64_t now);
 // Returns the next deadline in reference time, 0 for none.
 uint64_t hot_synic_scan(SynICObject *synic, uint64_t now);
+// Interrupts the VP past all SINTs.
+void hot_synic_interrupt(SynICObject *synic, uint8_t vector);
+// The highest vector of an auto-EOI SINT that waits for its VP, or -1; and that it has been taken.
+int hot_synic_auto_eoi(SynICObject *synic);
+void hot_synic_auto_eoi_done(SynICObject *synic, int vector);
 // Names the VP that must wake up when a message is queued; NULL for none.
 void hot_synic_attach(SynICObject *synic, VpObject *vp);
 

@@ -25,6 +25,7 @@ enum {
 static const uint64_t PAGE_ENABLE = 1;
 static const uint64_t PAGE_ADDRESS = ~0xfffull;
 static const uint64_t SINT_MASKED = 1 << 16;
+static const uint64_t SINT_AUTO_EOI = 1 << 17;
 static const uint64_t SINT_POLLING = 1 << 18;
 static const uint64_t SINT_PROXY = 1 << 20;
 
@@ -54,6 +55,45 @@ void synic_interrupt(SynICObject *self, uint8_t vector)
 	ioctl(self->vm_fd, KVM_SIGNAL_MSI, &msi);
 }
 
+void hot_synic_interrupt(SynICObject *self, uint8_t vector)
+{
+	pthread_mutex_lock(&self->lock);
+	synic_interrupt(self, vector);
+	pthread_mutex_unlock(&self->lock);
+}
+
+// KVM's LAPIC wants an EOI for all that it delivers: a vector without one goes to the VP's own thread.
+void synic_raise(SynICObject *self, unsigned sint)
+{
+	uint64_t value = self->sint[sint];
+	uint8_t vector = (uint8_t)value;
+	if (value & SINT_POLLING)
+		return;
+	if (!(value & SINT_AUTO_EOI)) {
+		synic_interrupt(self, vector);
+		return;
+	}
+	self->interrupts_raised++;
+	atomic_fetch_or(&self->auto_eoi[vector / 64], 1ull << vector % 64);
+	if (self->vp)
+		hot_vp_request_scan(self->vp);
+}
+
+int hot_synic_auto_eoi(SynICObject *self)
+{
+	for (int i = AUTO_EOI_WORDS - 1; i >= 0; i--) {
+		uint64_t waiting = atomic_load(&self->auto_eoi[i]);
+		if (waiting)
+			return 64 * i + 63 - __builtin_clzll(waiting);
+	}
+	return -1;
+}
+
+void hot_synic_auto_eoi_done(SynICObject *self, int vector)
+{
+	atomic_fetch_and(&self->auto_eoi[vector / 64], ~(1ull << vector % 64));
+}
+
 static bool sint_open(const SynICObject *self, unsigned sint)
 {
 	return (self->scontrol & 1) && !(self->sint[sint] & (SINT_MASKED | SINT_PROXY));
@@ -80,8 +120,7 @@ enum delivery synic_deliver(SynICObject *self, unsigned sint, uint32_t type, uin
 	slot->reserved = 0;
 	slot->sender = sender;
 	atomic_store(&slot->type, type);
-	if (!(self->sint[sint] & SINT_POLLING))
-		synic_interrupt(self, (uint8_t)self->sint[sint]);
+	synic_raise(self, sint);
 	self->messages_delivered++;
 	return DELIVERED;
 }
@@ -256,8 +295,8 @@ bool synic_set_event_flag(SynICObject *self, unsigned sint, unsigned flag)
 	if (!word)
 		return false;
 	uint32_t bit = 1u << flag % 32;
-	if (!(atomic_fetch_or(word, bit) & bit) && !(self->sint[sint] & SINT_POLLING))
-		synic_interrupt(self, (uint8_t)self->sint[sint]);
+	if (!(atomic_fetch_or(word, bit) & bit))
+		synic_raise(self, sint);
 	return true;
 }
 
@@ -265,8 +304,7 @@ bool synic_raise_sint(SynICObject *self, unsigned sint)
 {
 	if (!sint_open(self, sint))
 		return false;
-	if (!(self->sint[sint] & SINT_POLLING))
-		synic_interrupt(self, (uint8_t)self->sint[sint]);
+	synic_raise(self, sint);
 	return true;
 }
 
@@ -288,4 +326,6 @@ void synic_power_on(SynICObject *self)
 		}
 	}
 	memset(self->timers, 0, sizeof(self->timers));
+	for (unsigned i = 0; i < AUTO_EOI_WORDS; i++)
+		atomic_store(&self->auto_eoi[i], 0);
 }

@@ -12,6 +12,7 @@ enum {
 	MESSAGE_PAYLOAD = 240,
 	QUEUE_LENGTH = 32,
 	KEPT_INTERRUPTS = 64,
+	AUTO_EOI_WORDS = 256 / 64,
 };
 
 struct queued_message {
@@ -51,6 +52,7 @@ struct SynICObject {
 	uint64_t messages_delivered;
 	uint64_t messages_dropped;
 	uint64_t interrupts_raised;
+	_Atomic uint64_t auto_eoi[AUTO_EOI_WORDS]; // vectors that wait to be taken; set with the lock, read without
 	char direct_timers;  // whether a timer may interrupt without a message
 	unsigned kept_count; // with no VM to interrupt
 	uint8_t kept[KEPT_INTERRUPTS];
@@ -75,6 +77,8 @@ bool synic_set_event_flag(SynICObject *synic, unsigned sint, unsigned flag);
 bool synic_raise_sint(SynICObject *synic, unsigned sint);
 void synic_power_on(SynICObject *synic);
 void synic_interrupt(SynICObject *synic, uint8_t vector);
+// Raises a SINT, unless it is polled.
+void synic_raise(SynICObject *synic, unsigned sint);
 
 // `reg` counts MSRs from STIMER0_CONFIG: even numbers are CONFIG, odd ones COUNT.
 uint64_t stimer_read(const SynICObject *synic, unsigned reg);

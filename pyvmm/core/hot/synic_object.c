@@ -110,7 +110,7 @@ static PyObject *synic_signal_event(SynICObject *self, PyObject *args)
 	return PyBool_FromLong(open);
 }
 
-static PyObject *synic_raise(SynICObject *self, PyObject *args)
+static PyObject *synic_raise_sint_method(SynICObject *self, PyObject *args)
 {
 	unsigned sint;
 	if (!PyArg_ParseTuple(args, "I:raise_sint", &sint) || !check_sint(sint))
@@ -119,6 +119,15 @@ static PyObject *synic_raise(SynICObject *self, PyObject *args)
 	bool open = synic_raise_sint(self, sint);
 	pthread_mutex_unlock(&self->lock);
 	return PyBool_FromLong(open);
+}
+
+static PyObject *synic_interrupt_method(SynICObject *self, PyObject *args)
+{
+	unsigned char vector;
+	if (!PyArg_ParseTuple(args, "b:interrupt", &vector))
+		return NULL;
+	hot_synic_interrupt(self, vector);
+	Py_RETURN_NONE;
 }
 
 static PyObject *synic_scan(SynICObject *self, PyObject *args)
@@ -149,6 +158,20 @@ static PyObject *synic_reset(SynICObject *self, PyObject *Py_UNUSED(ignored))
 	synic_power_on(self);
 	pthread_mutex_unlock(&self->lock);
 	Py_RETURN_NONE;
+}
+
+static PyObject *auto_eoi_list(const SynICObject *self)
+{
+	PyObject *list = PyList_New(0);
+	for (unsigned vector = 0; list && vector < 64 * AUTO_EOI_WORDS; vector++) {
+		if (!(atomic_load(&self->auto_eoi[vector / 64]) >> vector % 64 & 1))
+			continue;
+		PyObject *number = PyLong_FromUnsignedLong(vector);
+		if (!number || PyList_Append(list, number) < 0)
+			Py_CLEAR(list);
+		Py_XDECREF(number);
+	}
+	return list;
 }
 
 // A copy of all state, so that Python objects are only made without the lock: making one may run other threads.
@@ -210,9 +233,10 @@ static PyObject *synic_save(SynICObject *self, PyObject *Py_UNUSED(ignored))
 	if (!snapshot)
 		return NULL;
 	const SynICObject *synic = &snapshot->synic;
-	PyObject *state = Py_BuildValue("{s:i,s:K,s:K,s:K,s:N,s:N,s:N}", "version", 1, "scontrol", synic->scontrol,
+	PyObject *state = Py_BuildValue("{s:i,s:K,s:K,s:K,s:N,s:N,s:N,s:N}", "version", 1, "scontrol", synic->scontrol,
 					"siefp", synic->siefp, "simp", synic->simp, "sint", sint_list(snapshot),
-					"messages", waiting_messages(snapshot), "timers", stimers_save(synic->timers));
+					"messages", waiting_messages(snapshot), "timers", stimers_save(synic->timers),
+					"auto_eoi", auto_eoi_list(synic));
 	PyMem_RawFree(snapshot);
 	return state;
 }
@@ -241,10 +265,11 @@ static bool parse_message(PyObject *entry, struct snapshot *snapshot)
 
 static bool parse_state(PyObject *state, struct snapshot *snapshot)
 {
-	static const char *const keys[] = {"version", "scontrol", "siefp", "simp", "sint", "messages", "timers"};
+	static const char *const keys[] = {"version", "scontrol", "siefp", "simp", "sint",
+					    "messages", "timers", "auto_eoi"};
 	enum { KEYS = sizeof(keys) / sizeof(keys[0]) };
 	SynICObject *synic = &snapshot->synic;
-	PyObject *sints, *messages, *timers;
+	PyObject *sints, *messages, *timers, *auto_eoi;
 	unsigned long long scontrol, siefp, simp;
 	int version;
 	PyObject *values = PyTuple_New(KEYS);
@@ -254,8 +279,8 @@ static bool parse_state(PyObject *state, struct snapshot *snapshot)
 		PyObject *value = PyDict_GetItemString(state, keys[i]);
 		PyTuple_SET_ITEM(values, i, Py_NewRef(value ? value : Py_None));
 	}
-	bool valid = PyArg_ParseTuple(values, "iKKKO!O!O!", &version, &scontrol, &siefp, &simp, &PyList_Type, &sints,
-				      &PyList_Type, &messages, &PyList_Type, &timers) &&
+	bool valid = PyArg_ParseTuple(values, "iKKKO!O!O!O!", &version, &scontrol, &siefp, &simp, &PyList_Type, &sints,
+				      &PyList_Type, &messages, &PyList_Type, &timers, &PyList_Type, &auto_eoi) &&
 		     version == 1 && PyList_GET_SIZE(sints) == SINT_COUNT && stimers_parse(timers, synic->timers);
 	if (valid) {
 		synic->scontrol = scontrol;
@@ -268,6 +293,12 @@ static bool parse_state(PyObject *state, struct snapshot *snapshot)
 	}
 	for (Py_ssize_t i = 0; valid && i < PyList_GET_SIZE(messages); i++)
 		valid = parse_message(PyList_GET_ITEM(messages, i), snapshot);
+	for (Py_ssize_t i = 0; valid && i < PyList_GET_SIZE(auto_eoi); i++) {
+		unsigned long vector = PyLong_AsUnsignedLong(PyList_GET_ITEM(auto_eoi, i));
+		valid = !PyErr_Occurred() && vector < 64 * AUTO_EOI_WORDS;
+		if (valid)
+			atomic_fetch_or(&synic->auto_eoi[vector / 64], 1ull << vector % 64);
+	}
 	Py_DECREF(values);
 	return valid;
 }
@@ -283,6 +314,8 @@ static bool apply_state(SynICObject *self, const struct snapshot *snapshot)
 	self->simp = synic->simp;
 	memcpy(self->sint, synic->sint, sizeof(self->sint));
 	memcpy(self->timers, synic->timers, sizeof(self->timers));
+	for (unsigned i = 0; i < AUTO_EOI_WORDS; i++)
+		atomic_store(&self->auto_eoi[i], atomic_load(&synic->auto_eoi[i]));
 	for (unsigned sint = 0; sint < SINT_COUNT; sint++) {
 		const struct message_queue *queue = &snapshot->queues[sint];
 		for (unsigned i = 0; done && i < queue->count; i++)
@@ -321,11 +354,11 @@ static PyObject *synic_inspect(SynICObject *self, PyObject *Py_UNUSED(ignored))
 	for (unsigned i = 0; i < SINT_COUNT; i++)
 		queued += snapshot->queues[i].count;
 	PyObject *result =
-		Py_BuildValue("{s:K,s:K,s:K,s:N,s:K,s:K,s:K,s:I,s:N}", "scontrol", synic->scontrol, "siefp",
+		Py_BuildValue("{s:K,s:K,s:K,s:N,s:K,s:K,s:K,s:I,s:N,s:N}", "scontrol", synic->scontrol, "siefp",
 			      synic->siefp, "simp", synic->simp, "sint", sint_list(snapshot), "messages_delivered",
 			      synic->messages_delivered, "messages_dropped", synic->messages_dropped, "interrupts",
 			      synic->interrupts_raised, "messages_queued", queued, "timers",
-			      stimers_save(synic->timers));
+			      stimers_save(synic->timers), "auto_eoi", auto_eoi_list(synic));
 	PyMem_RawFree(snapshot);
 	return result;
 }
@@ -336,7 +369,8 @@ static PyMethodDef synic_methods[] = {
 	{"write_msr", (PyCFunction)synic_write_msr, METH_VARARGS, NULL},
 	{"post", (PyCFunction)synic_post, METH_VARARGS, NULL},
 	{"signal_event", (PyCFunction)synic_signal_event, METH_VARARGS, NULL},
-	{"raise_sint", (PyCFunction)synic_raise, METH_VARARGS, NULL},
+	{"raise_sint", (PyCFunction)synic_raise_sint_method, METH_VARARGS, NULL},
+	{"interrupt", (PyCFunction)synic_interrupt_method, METH_VARARGS, NULL},
 	{"scan", (PyCFunction)synic_scan, METH_VARARGS, NULL},
 	{"take_interrupts", (PyCFunction)synic_take_interrupts, METH_NOARGS, NULL},
 	{"reset", (PyCFunction)synic_reset, METH_NOARGS, NULL},

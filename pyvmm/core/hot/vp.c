@@ -1,27 +1,18 @@
 // The run loop of one VP: KVM_RUN without the GIL, hot exits answered here, cold ones by Python objects.
 // Exits and their fields: Linux Documentation/virt/kvm/api.rst, chapter 5.
 
-#include "hot.h"
+#include "vp.h"
 
 #include <errno.h>
-#include <linux/kvm.h>
 #include <signal.h>
 #include <structmember.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
 	KICK_SIGNAL = 44, // a real-time signal that neither glibc nor Python uses
 
-	EXIT_REASONS = 64,
-	HYPERCALL_CODES = 0x200,
-	EXTENDED_HYPERCALL_BASE = 0x8000,
-	HYPERCALL_SLOTS = HYPERCALL_CODES + 0x10, // the last ones for extended calls
-
-	SYNTHETIC_MSR_BASE = 0x40000000,
-	SYNTHETIC_MSR_COUNT = 0x200,
 	MSR_TIME_REF_COUNT = 0x40000020,
 
 	// The hypercall page, written by enlightenments/hypercall_page.py, traps here: one port for callers in 64-bit
@@ -31,58 +22,7 @@ enum {
 	PORT_POST_CODE = 0x80, // written as a short delay too
 	PORT_IO_DELAY = 0xed,
 
-	HVCALL_SIGNAL_EVENT = 0x5d,
-};
-
-static const uint64_t CONTROL_FAST = 1 << 16;
-static const uint64_t CONTROL_CODE = 0xffff;
-static const uint64_t RESULT_STATUS = 0xffff;
-
-// How often something went wrong for the guest, and the last time: reference time, and the value written to an MSR or
-// the result of a hypercall.
-struct errors {
-	uint64_t count;
-	uint64_t time;
-	uint64_t value;
-};
-
-struct VpObject {
-	PyObject_HEAD
-	int fd;
-	unsigned index;
-	struct kvm_run *run;
-	Py_buffer run_buffer;
-	MemoryObject *memory;
-	SynICObject *synic;
-	DoorbellsObject *doorbells;
-	ReferenceTimeObject *reference;
-	PyObject *pio;
-	PyObject *mmio;
-	PyObject *hypervisor;
-
-	atomic_bool stop_requested;
-	atomic_bool scan_requested;
-	pthread_mutex_t thread_lock; // the two below
-	bool running;
-	pthread_t thread;
-
-	timer_t timer; // exists while the VP runs
-	_Atomic uint64_t timer_deadline; // 0 while it is not armed
-
-	uint8_t msr_offered[SYNTHETIC_MSR_COUNT / 8];
-	char hypercalls_enabled;
-	char signal_event_offered;
-	char trace_msr;
-	char trace_hypercall;
-
-	uint64_t exits[EXIT_REASONS];
-	uint64_t msr_reads[SYNTHETIC_MSR_COUNT];
-	uint64_t msr_writes[SYNTHETIC_MSR_COUNT];
-	uint64_t hypercalls[HYPERCALL_SLOTS];
-	uint64_t hypercalls_unknown;
-	struct errors msr_read_errors[SYNTHETIC_MSR_COUNT];
-	struct errors msr_write_errors[SYNTHETIC_MSR_COUNT];
-	struct errors hypercall_errors[HYPERCALL_SLOTS];
+	INTERRUPT_RETRY = 1000, // 100 us: how often to look whether the guest can take an auto-EOI interrupt
 };
 
 static _Thread_local VpObject *current_vp;
@@ -110,7 +50,7 @@ bool hot_vp_install_kick(void)
 	return sigaction(KICK_SIGNAL, &action, NULL) == 0;
 }
 
-static void kick(VpObject *self)
+void hot_vp_kick(VpObject *self)
 {
 	pthread_mutex_lock(&self->thread_lock);
 	if (self->running && !pthread_equal(self->thread, pthread_self()))
@@ -121,7 +61,7 @@ static void kick(VpObject *self)
 void hot_vp_request_scan(VpObject *self)
 {
 	atomic_store(&self->scan_requested, true);
-	kick(self);
+	hot_vp_kick(self);
 }
 
 // Synthetic timers -------------------------------------------------------------------------------------
@@ -138,6 +78,9 @@ static void scan(VpObject *self)
 {
 	uint64_t now = hot_reference_now(self->reference);
 	uint64_t deadline = hot_synic_scan(self->synic, now);
+	self->interrupt_waits = !hot_vp_inject(self);
+	if (self->interrupt_waits && (!deadline || deadline > now + INTERRUPT_RETRY))
+		deadline = now + INTERRUPT_RETRY;
 	if (deadline == atomic_load(&self->timer_deadline))
 		return;
 	atomic_store(&self->timer_deadline, deadline);
@@ -152,7 +95,7 @@ static void scan(VpObject *self)
 
 // Calls into Python; all want the GIL -------------------------------------------------------------------
 
-static PyObject *call(PyObject *object, const char *method, const char *format, ...)
+PyObject *hot_vp_call(PyObject *object, const char *method, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
@@ -165,7 +108,7 @@ static PyObject *call(PyObject *object, const char *method, const char *format, 
 	return result;
 }
 
-static bool call_done(PyObject *result)
+bool hot_vp_call_done(PyObject *result)
 {
 	Py_XDECREF(result);
 	return result != NULL;
@@ -176,108 +119,15 @@ static bool bus_access(PyObject *bus, bool write, uint64_t address, unsigned siz
 	uint64_t value = 0;
 	if (write) {
 		memcpy(&value, data, size);
-		return call_done(call(bus, "write", "(KIK)", address, size, value));
+		return hot_vp_call_done(hot_vp_call(bus, "write", "(KIK)", address, size, value));
 	}
-	PyObject *result = call(bus, "read", "(KI)", address, size);
+	PyObject *result = hot_vp_call(bus, "read", "(KI)", address, size);
 	if (!result)
 		return false;
 	value = PyLong_AsUnsignedLongLongMask(result);
 	Py_DECREF(result);
 	memcpy(data, &value, size);
 	return !PyErr_Occurred();
-}
-
-// Counting ----------------------------------------------------------------------------------------------------
-
-static void count_error(const VpObject *self, struct errors *errors, uint64_t value)
-{
-	errors->count++;
-	errors->time = hot_reference_now(self->reference);
-	errors->value = value;
-}
-
-// Where a call code is counted: its position in the arrays, or -1 for one that no hypervisor has.
-static int hypercall_slot(uint64_t code)
-{
-	if (code < HYPERCALL_CODES)
-		return (int)code;
-	bool counted = code >= EXTENDED_HYPERCALL_BASE &&
-		       code - EXTENDED_HYPERCALL_BASE < HYPERCALL_SLOTS - HYPERCALL_CODES;
-	return counted ? (int)(code - EXTENDED_HYPERCALL_BASE + HYPERCALL_CODES) : -1;
-}
-
-// Hypercalls ------------------------------------------------------------------------------------------------
-
-static uint64_t signal_event(VpObject *self, uint64_t control, uint64_t input)
-{
-	if (control & ~(CONTROL_CODE | CONTROL_FAST))
-		return HV_STATUS_INVALID_HYPERCALL_INPUT;
-	uint64_t argument = input;
-	if (!(control & CONTROL_FAST)) {
-		if (input % 8)
-			return HV_STATUS_INVALID_ALIGNMENT;
-		const void *block = hot_memory_ptr(self->memory, input, sizeof(argument), false);
-		if (!block)
-			return HV_STATUS_INVALID_ALIGNMENT;
-		memcpy(&argument, block, sizeof(argument));
-	}
-	return (uint64_t)hot_doorbells_signal(self->doorbells, (uint32_t)argument, argument >> 32 & 0xffff);
-}
-
-struct gil {
-	PyThreadState *saved;
-};
-
-static bool hypercall(VpObject *self, struct gil *gil, bool caller_64)
-{
-	struct kvm_regs *regs = &self->run->s.regs.regs;
-	uint64_t control, input, output, result;
-	if (caller_64) {
-		control = regs->rcx;
-		input = regs->rdx;
-		output = regs->r8;
-	} else {
-		control = regs->rdx << 32 | (uint32_t)regs->rax;
-		input = regs->rbx << 32 | (uint32_t)regs->rcx;
-		output = regs->rdi << 32 | (uint32_t)regs->rsi;
-	}
-	uint64_t code = control & CONTROL_CODE;
-	int slot = hypercall_slot(code);
-	if (slot >= 0)
-		self->hypercalls[slot]++;
-	else
-		self->hypercalls_unknown++;
-
-	bool ok = true;
-	bool hot = code == HVCALL_SIGNAL_EVENT && self->signal_event_offered;
-	if (hot)
-		result = signal_event(self, control, input);
-	if (!hot || self->trace_hypercall) {
-		PyEval_RestoreThread(gil->saved);
-		if (!hot) {
-			PyObject *value =
-				call(self->hypervisor, "hypercall", "(IKKK)", self->index, control, input, output);
-			result = value ? PyLong_AsUnsignedLongLongMask(value) : 0;
-			Py_XDECREF(value);
-			ok = !PyErr_Occurred();
-		}
-		if (ok && self->trace_hypercall)
-			ok = call_done(call(self->hypervisor, "trace_hypercall", "(IKKK)", self->index, control, input,
-					    result));
-		gil->saved = PyEval_SaveThread();
-	}
-	if (!ok)
-		return false;
-	if (slot >= 0 && result & RESULT_STATUS)
-		count_error(self, &self->hypercall_errors[slot], result);
-	if (caller_64) {
-		regs->rax = result;
-	} else {
-		regs->rax = (uint32_t)result;
-		regs->rdx = result >> 32;
-	}
-	self->run->kvm_dirty_regs = KVM_SYNC_X86_REGS;
-	return true;
 }
 
 // Exits -----------------------------------------------------------------------------------------------------
@@ -291,7 +141,7 @@ static bool on_io(VpObject *self, struct gil *gil)
 		if (port == PORT_POST_CODE || port == PORT_IO_DELAY)
 			return true;
 		if ((port == PORT_HYPERCALL_64 || port == PORT_HYPERCALL_32) && self->hypercalls_enabled)
-			return hypercall(self, gil, port == PORT_HYPERCALL_64);
+			return hot_vp_hypercall(self, gil, port == PORT_HYPERCALL_64);
 	}
 	uint8_t *data = (uint8_t *)run + run->io.data_offset;
 	bool ok = true;
@@ -336,6 +186,9 @@ static bool on_msr(VpObject *self, struct gil *gil, bool write)
 				valid = hot_synic_read_msr(self->synic, index, &value);
 			if (write)
 				atomic_store(&self->scan_requested, true);
+		} else if (hot_vp_owns_apic_msr(index)) {
+			handled = true;
+			valid = hot_vp_apic_msr(self, write, index, &value);
 		} else if (index == MSR_TIME_REF_COUNT && !write) {
 			handled = valid = true;
 			value = hot_reference_now(self->reference);
@@ -344,24 +197,24 @@ static bool on_msr(VpObject *self, struct gil *gil, bool write)
 	if (!handled || self->trace_msr) {
 		PyEval_RestoreThread(gil->saved);
 		if (!handled && write) {
-			PyObject *result = call(self->hypervisor, "write_msr", "(IIK)", self->index, index, value);
+			PyObject *result = hot_vp_call(self->hypervisor, "write_msr", "(IIK)", self->index, index, value);
 			valid = result && PyObject_IsTrue(result) == 1;
-			ok = call_done(result) && !PyErr_Occurred();
+			ok = hot_vp_call_done(result) && !PyErr_Occurred();
 		} else if (!handled) {
-			PyObject *result = call(self->hypervisor, "read_msr", "(II)", self->index, index);
+			PyObject *result = hot_vp_call(self->hypervisor, "read_msr", "(II)", self->index, index);
 			valid = result && result != Py_None;
 			if (valid)
 				value = PyLong_AsUnsignedLongLongMask(result);
-			ok = call_done(result) && !PyErr_Occurred();
+			ok = hot_vp_call_done(result) && !PyErr_Occurred();
 		}
 		if (ok && self->trace_msr)
-			ok = call_done(call(self->hypervisor, "trace_msr", "(IOIKO)", self->index,
+			ok = hot_vp_call_done(hot_vp_call(self->hypervisor, "trace_msr", "(IOIKO)", self->index,
 					    write ? Py_True : Py_False, index, value, valid ? Py_True : Py_False));
 		gil->saved = PyEval_SaveThread();
 	}
 	uint32_t number = index - SYNTHETIC_MSR_BASE;
 	if (!valid && number < SYNTHETIC_MSR_COUNT)
-		count_error(self, &(write ? self->msr_write_errors : self->msr_read_errors)[number], write ? value : 0);
+		hot_vp_count_error(self, &(write ? self->msr_write_errors : self->msr_read_errors)[number], write ? value : 0);
 	run->msr.error = !valid;
 	if (!write)
 		run->msr.data = value;
@@ -377,9 +230,13 @@ enum outcome {
 static enum outcome step(VpObject *self, struct gil *gil)
 {
 	struct kvm_run *run = self->run;
-	if (atomic_exchange(&self->scan_requested, false))
+	if (atomic_exchange(&self->scan_requested, false) || self->interrupt_waits)
 		scan(self);
-	if (ioctl(self->fd, KVM_RUN, 0) < 0) {
+	atomic_store(&self->in_guest, true);
+	hot_vp_flush_tlb(self);
+	int done = ioctl(self->fd, KVM_RUN, 0);
+	atomic_store(&self->in_guest, false);
+	if (done < 0) {
 		if (errno != EINTR && errno != EAGAIN)
 			return FAILED;
 		self->exits[KVM_EXIT_INTR]++;
@@ -439,6 +296,7 @@ static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
 		return PyErr_SetFromErrno(PyExc_OSError);
 	enter(self);
 	atomic_store(&self->scan_requested, true);
+	self->run->exit_reason = KVM_EXIT_UNKNOWN; // what the run page says may be from before a reset
 	enum outcome outcome = GO_ON;
 	uint32_t reason = KVM_EXIT_INTR;
 	bool stopping = false;
@@ -517,6 +375,8 @@ static int vp_traverse(VpObject *self, visitproc visit, void *arg)
 	Py_VISIT(self->pio);
 	Py_VISIT(self->mmio);
 	Py_VISIT(self->hypervisor);
+	for (unsigned i = 0; i < self->peer_count; i++)
+		Py_VISIT(self->peers[i]);
 	return 0;
 }
 
@@ -525,6 +385,9 @@ static int vp_clear(VpObject *self)
 	Py_CLEAR(self->pio);
 	Py_CLEAR(self->mmio);
 	Py_CLEAR(self->hypervisor);
+	for (unsigned i = 0; i < self->peer_count; i++)
+		Py_CLEAR(self->peers[i]);
+	self->peer_count = 0;
 	return 0;
 }
 
@@ -545,7 +408,7 @@ static void vp_dealloc(VpObject *self)
 static PyObject *vp_stop(VpObject *self, PyObject *Py_UNUSED(ignored))
 {
 	atomic_store(&self->stop_requested, true);
-	kick(self);
+	hot_vp_kick(self);
 	Py_RETURN_NONE;
 }
 
@@ -563,79 +426,41 @@ static PyObject *vp_offer_msrs(VpObject *self, PyObject *args)
 	return fits ? Py_NewRef(Py_None) : NULL;
 }
 
-// From a position in the arrays to the number that is counted there.
-static unsigned long exit_number(unsigned slot)
+static PyObject *vp_set_peers(VpObject *self, PyObject *args)
 {
-	return slot;
-}
-
-static unsigned long msr_number(unsigned slot)
-{
-	return SYNTHETIC_MSR_BASE + slot;
-}
-
-static unsigned long hypercall_number(unsigned slot)
-{
-	return slot < HYPERCALL_CODES ? slot : EXTENDED_HYPERCALL_BASE + slot - HYPERCALL_CODES;
-}
-
-// Takes `value`. Returns false with an exception set.
-static bool set_item(PyObject *dict, unsigned long number, PyObject *value)
-{
-	PyObject *key = PyLong_FromUnsignedLong(number);
-	bool done = key && value && PyDict_SetItem(dict, key, value) == 0;
-	Py_XDECREF(key);
-	Py_XDECREF(value);
-	return done;
-}
-
-// {number: count} of the counts that are not 0.
-static PyObject *count_dict(const uint64_t *counts, unsigned length, unsigned long (*number)(unsigned))
-{
-	PyObject *result = PyDict_New();
-	for (unsigned i = 0; result && i < length; i++) {
-		if (counts[i] && !set_item(result, number(i), PyLong_FromUnsignedLongLong(counts[i])))
-			Py_CLEAR(result);
+	PyObject *peers;
+	if (!PyArg_ParseTuple(args, "O!:set_peers", &PyTuple_Type, &peers))
+		return NULL;
+	Py_ssize_t count = PyTuple_GET_SIZE(peers);
+	bool fits = count <= MAX_PEERS && !self->peer_count;
+	for (Py_ssize_t i = 0; fits && i < count; i++)
+		fits = Py_IS_TYPE(PyTuple_GET_ITEM(peers, i), &Vp_Type);
+	if (!fits) {
+		PyErr_Format(PyExc_ValueError, "peers are set once and are at most %d VPs", MAX_PEERS);
+		return NULL;
 	}
-	return result;
-}
-
-// {number: (count, time, value)} where there were errors.
-static PyObject *error_dict(const struct errors *errors, unsigned length, unsigned long (*number)(unsigned))
-{
-	PyObject *result = PyDict_New();
-	for (unsigned i = 0; result && i < length; i++) {
-		const struct errors *at = &errors[i];
-		if (at->count && !set_item(result, number(i), Py_BuildValue("(KKK)", at->count, at->time, at->value)))
-			Py_CLEAR(result);
-	}
-	return result;
-}
-
-static PyObject *vp_counts(VpObject *self, PyObject *Py_UNUSED(ignored))
-{
-	return Py_BuildValue("{s:N,s:N,s:N,s:N,s:K,s:N,s:N,s:N}", "exits",
-			     count_dict(self->exits, EXIT_REASONS, exit_number), "msr_reads",
-			     count_dict(self->msr_reads, SYNTHETIC_MSR_COUNT, msr_number), "msr_writes",
-			     count_dict(self->msr_writes, SYNTHETIC_MSR_COUNT, msr_number), "hypercalls",
-			     count_dict(self->hypercalls, HYPERCALL_SLOTS, hypercall_number), "hypercalls_unknown",
-			     self->hypercalls_unknown, "msr_read_errors",
-			     error_dict(self->msr_read_errors, SYNTHETIC_MSR_COUNT, msr_number), "msr_write_errors",
-			     error_dict(self->msr_write_errors, SYNTHETIC_MSR_COUNT, msr_number), "hypercall_errors",
-			     error_dict(self->hypercall_errors, HYPERCALL_SLOTS, hypercall_number));
+	for (Py_ssize_t i = 0; i < count; i++)
+		self->peers[i] = (VpObject *)Py_NewRef(PyTuple_GET_ITEM(peers, i));
+	self->peer_count = (unsigned)count;
+	Py_RETURN_NONE;
 }
 
 static PyMethodDef vp_methods[] = {
 	{"run", (PyCFunction)vp_run, METH_NOARGS, NULL},
 	{"stop", (PyCFunction)vp_stop, METH_NOARGS, NULL},
 	{"offer_msrs", (PyCFunction)vp_offer_msrs, METH_VARARGS, NULL},
-	{"counts", (PyCFunction)vp_counts, METH_NOARGS, NULL},
+	{"offer_hypercalls", (PyCFunction)hot_vp_offer_hypercalls, METH_VARARGS, NULL},
+	{"hypercall", (PyCFunction)hot_vp_hypercall_method, METH_VARARGS, NULL},
+	{"set_peers", (PyCFunction)vp_set_peers, METH_VARARGS, NULL},
+	{"set_lazy_eoi", (PyCFunction)hot_vp_set_lazy_eoi, METH_VARARGS, NULL},
+	{"counts", (PyCFunction)hot_vp_counts, METH_NOARGS, NULL},
 	{0},
 };
 
 static PyMemberDef vp_members[] = {
 	{"hypercalls_enabled", T_BOOL, offsetof(VpObject, hypercalls_enabled), 0, NULL},
-	{"signal_event_offered", T_BOOL, offsetof(VpObject, signal_event_offered), 0, NULL},
+	{"xmm_input", T_BOOL, offsetof(VpObject, xmm_input), 0, NULL},
+	{"extended_ranges", T_BOOL, offsetof(VpObject, extended_ranges), 0, NULL},
 	{"trace_msr", T_BOOL, offsetof(VpObject, trace_msr), 0, NULL},
 	{"trace_hypercall", T_BOOL, offsetof(VpObject, trace_hypercall), 0, NULL},
 	{0},
