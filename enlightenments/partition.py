@@ -85,7 +85,7 @@ class Partition(Ports):
     """The hypervisor interface of one VM.
 
     `leaves` are the hypervisor's CPUID leaves. `on_reset` and `on_crash` are called on a VP's thread when the guest
-    asks for a reset or reports a crash (five parameters and the message, if it sent one), `start_vp` when it starts one.
+    asks for a reset or reports a crash (five parameters and the message, if any), `start_vp` when it starts one.
     """
 
     def __init__(
