@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from guests import linux
+from guests.bare.build import BuildError
 from guests.demo import show, verdict
 from guests.demo.place import Place, SessionError, kvm_problem, place_for_linux, place_for_probe, run_session
 from guests.packages import RecipeError
-from guests.probe.build import BuildError
 from guests.probe.build import build as build_probe
 from guests.probe.report import parse
 

@@ -12,8 +12,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from guests.bare.report import Finding, Report
 from guests.demo.verdict import Guest, Problem
-from guests.probe.report import Finding, Report, expectation
+from guests.probe.report import expectation
 
 _WIDTH_ELSEWHERE = 100
 _LOG_LINES = 25
@@ -121,7 +122,7 @@ def probe_table(report: Report) -> Table:
     if report.failed:
         table.add_section()
     for finding in report.failed:
-        wanted = ": ".join(filter(None, (finding.expected, expectation(finding.full_name))))
+        wanted = ": ".join(filter(None, (finding.note, expectation(finding.full_name))))
         row = finding.full_name, "", "1", plain(f"{finding.value}, expected {wanted}")
         table.add_row(*map(Text, row))
     return table

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from guests.probe.build import BuildError, build
-from guests.probe.report import Report, expectation, parse
+from guests.bare.build import BuildError
+from guests.bare.run import Run, pyvmm
+from guests.bare.run import run as run_guest
+from guests.probe.build import build
+from guests.probe.report import expectation
 
 _DISK_BYTES = 1 << 20
 #: The first 16 bytes of the disk, which the probe reports.
 DISK_START = b"pyvmm probe disk"
-
-
-@dataclass(frozen=True)
-class Run:
-    """How one run of the probe ended. `stderr` is pyvmm's."""
-
-    report: Report
-    status: int
-    stderr: str
-    seconds: float
 
 
 def run(
@@ -44,18 +34,13 @@ def run(
     `timeout` is in seconds. Without VMBus among the `enlightenments` there can be no disk.
     """
     console = work / "com1.txt"
-    command = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(elf), "--cpus", str(cpus), "--memory", memory]
-    command += ["--com1", f"file:{console}", "--no-reboot", "--timeout", str(timeout)]
-    command += ["--cmdline", cmdline, "--enlightenments", enlightenments]
+    command = pyvmm(elf, console, cpus=cpus, memory=memory, cmdline=cmdline, enlightenments=enlightenments)
+    command += ["--timeout", str(timeout)]
     if disk:
         image = work / "disk.img"
         image.write_bytes(DISK_START.ljust(_DISK_BYTES, b"\0"))
         command += ["--disk", str(image)]
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    seconds = time.monotonic() - started
-    text = console.read_text(errors="replace") if console.exists() else ""
-    return Run(parse(text), done.returncode, done.stderr, seconds)
+    return run_guest("probe", command, console)
 
 
 def _show(result: Run) -> None:
@@ -70,8 +55,8 @@ def _show(result: Run) -> None:
     for finding in result.report.findings:
         verdict = Text("ok", style="green") if finding.ok else Text("BAD", style="bold red")
         expected = expectation(finding.full_name) or ""
-        if not finding.ok and finding.expected:
-            expected = f"{finding.expected}: {expected}" if expected else finding.expected
+        if not finding.ok and finding.note:
+            expected = f"{finding.note}: {expected}" if expected else finding.note
         shown = "" if finding.topic == topic else finding.topic
         table.add_row(shown, finding.name, Text(finding.value), verdict, Text(expected))
         topic = finding.topic
@@ -114,11 +99,8 @@ def main() -> int:
         _show(result)
     if result.stderr:
         print(result.stderr.rstrip(), file=sys.stderr)
-    problem = result.report.problem
-    if problem is None and result.status:
-        problem = f"pyvmm ended with status {result.status}"
-    if problem is not None:
-        print(f"probe: {problem}", file=sys.stderr)
+    if result.problem is not None:
+        print(f"probe: {result.problem}", file=sys.stderr)
         return 1
     return 0
 

@@ -8,10 +8,6 @@
 #define LEAF_LAST 0x40000006u
 #define INTERFACE_HV1 0x31237648u /* "Hv#1" */
 
-/* EBX of leaf 0x40000003: what only a root partition may have. */
-#define ROOT_PRIVILEGES \
-    (1u << 0 | 1u << 1 | 1u << 2 | 1u << 3 | 1u << 6 | 1u << 8 | 1u << 12 | 1u << 13 | 1u << 22)
-
 static const char *const leaf_names[] = {
     "cpuid.leaf0", "cpuid.leaf1", "cpuid.leaf2", "cpuid.leaf3", "cpuid.leaf4", "cpuid.leaf5", "cpuid.leaf6",
 };

@@ -5,14 +5,6 @@
 #define NO_SUCH_CONNECTION 0xabcdef
 #define VMBUS_CONNECTION 4
 
-struct post_message_input {
-    u32 connection;
-    u32 reserved;
-    u32 type;
-    u32 size;
-    u8 payload[240];
-};
-
 static struct post_message_input *input;
 
 void hypercall_enable(void)

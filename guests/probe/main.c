@@ -31,31 +31,31 @@ static void triple_fault(void)
 
 static void last_wish(void)
 {
-    if (option("probe.crash")) {
+    if (has_word("probe.crash")) {
         print("probe: crashing\n");
         crash();
         halt();
     }
-    if (option("probe.hang")) {
+    if (has_word("probe.hang")) {
         print("probe: hanging\n");
         halt();
     }
-    if (option("probe.reset")) {
+    if (has_word("probe.reset")) {
         print("probe: resetting by port 0xcf9\n");
         outb(0xcf9, 6);
         halt();
     }
-    if (option("probe.reset=msr")) {
+    if (has_word("probe.reset=msr")) {
         print("probe: resetting by MSR\n");
         wrmsr_safe(MSR_RESET, 1);
         halt();
     }
-    if (option("probe.reset=i8042")) {
+    if (has_word("probe.reset=i8042")) {
         print("probe: resetting by i8042\n");
         outb(0x64, 0xfe);
         halt();
     }
-    if (option("probe.triple")) {
+    if (has_word("probe.triple")) {
         print("probe: triple fault\n");
         triple_fault();
     }

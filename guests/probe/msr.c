@@ -3,19 +3,18 @@
 
 #define ENABLE 1ull
 #define RESERVED 0xffcull /* bits of the hypercall MSR */
-#define SINT_MASKED 0x10000ull
 
 static u8 assist_page[PAGE_SIZE] __attribute__((aligned(4096)));
 
 static void expect_read_fault(const char *name, u32 msr)
 {
     u64 value;
-    expect_equal(name, (u64)rdmsr_safe(msr, &value), 1);
+    expect_equal(name, rdmsr_safe(msr, &value), EXCEPTION_GP);
 }
 
 static void expect_write_fault(const char *name, u32 msr, u64 value)
 {
-    expect_equal(name, (u64)wrmsr_safe(msr, value), 1);
+    expect_equal(name, wrmsr_safe(msr, value), EXCEPTION_GP);
 }
 
 static void hypercall_msrs(void)
@@ -36,7 +35,7 @@ static void hypercall_msrs(void)
     wrmsr_safe(MSR_HYPERCALL, page | ENABLE);
     expect_write_fault("msr.hypercall_beyond_gpa_space", MSR_HYPERCALL, 0xffffffffff000 | ENABLE);
     /* The TLFS says that reserved bits are to be preserved, not what happens otherwise: #GP (Hyper-V) or nothing. */
-    faulted = (u64)wrmsr_safe(MSR_HYPERCALL, page | ENABLE | 1 << 8);
+    faulted = wrmsr_safe(MSR_HYPERCALL, page | ENABLE | 1 << 8);
     expect("msr.hypercall_reserved_bit", faulted, (rdmsr(MSR_HYPERCALL) & ~RESERVED) == (page | ENABLE),
            "page still enabled");
     wrmsr_safe(MSR_HYPERCALL, page | ENABLE);
@@ -85,7 +84,7 @@ static void synic_msrs(void)
     expect_equal("msr.sversion", rdmsr(MSR_SVERSION), 1);
     expect_equal("msr.siefp_at_reset", rdmsr(MSR_SIEFP), 0);
     expect_equal("msr.simp_at_reset", rdmsr(MSR_SIMP), 0);
-    expect_equal("msr.eom", (u64)wrmsr_safe(MSR_EOM, 0), 0);
+    expect_equal("msr.eom", wrmsr_safe(MSR_EOM, 0), 0);
     for (u32 sint = 0; sint < 16; sint++)
         masked += rdmsr(MSR_SINT0 + sint) == SINT_MASKED;
     expect_equal("msr.sints_masked_at_reset", masked, 16);

@@ -8,7 +8,7 @@
 
 #define SLEEP_S5 (5u << 10 | 1u << 13)
 
-struct platform platform = {.command_line = "", .vp_count = 1, .pm1a_control = 0x604};
+struct platform platform = {.vp_count = 1, .pm1a_control = 0x604};
 
 static u32 u32_at(const u8 *at)
 {
@@ -59,57 +59,17 @@ void platform_init(const u8 *boot_params)
 {
     u64 rsdp = u64_at(boot_params + BOOT_RSDP);
 
-    u32 command_line = u32_at(boot_params + BOOT_COMMAND_LINE);
+    u32 text = u32_at(boot_params + BOOT_COMMAND_LINE);
 
-    if (command_line)
-        platform.command_line = (const char *)(u64)command_line;
+    if (text)
+        command_line = (const char *)(u64)text;
     if (rsdp)
         read_tables((const u8 *)rsdp);
 }
 
-/* Find `key` at the start of a word; return what follows it. */
-static const char *find_word(const char *key)
-{
-    const char *at = platform.command_line;
-
-    while (*at) {
-        const char *k = key;
-        while (*k && *at == *k)
-            at++, k++;
-        if (!*k)
-            return at;
-        while (*at && *at != ' ')
-            at++;
-        while (*at == ' ')
-            at++;
-    }
-    return NULL;
-}
-
-bool option(const char *word)
-{
-    const char *rest = find_word(word);
-    return rest && (*rest == 0 || *rest == ' ');
-}
-
 bool topic_selected(const char *topic)
 {
-    const char *list = find_word("probe=");
-
-    if (!list)
-        return !find_word("probe.");
-    while (*list && *list != ' ') {
-        const char *t = topic;
-        while (*t && *list == *t)
-            list++, t++;
-        if (!*t && (*list == ',' || *list == ' ' || *list == 0))
-            return true;
-        while (*list && *list != ',' && *list != ' ')
-            list++;
-        if (*list == ',')
-            list++;
-    }
-    return false;
+    return has_key("probe=") ? lists("probe=", topic) : !has_key("probe.");
 }
 
 void halt(void)

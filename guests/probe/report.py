@@ -1,13 +1,12 @@
-"""Reads what the probe wrote to COM1, and says what each finding should be and which text asks for it.
+"""Says what each of the probe's findings should be and which text asks for it.
 
-The probe judges its findings itself; a line is ``probe: topic.name = value ok`` or
-``probe: topic.name = value bad expected``, and ``probe: done PASSED FAILED`` is the last.
+The probe judges its findings itself; the note of a bad one is what it expected.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from guests.bare.report import Report
+from guests.bare.report import parse as parse_report
 
 #: What a finding must be, for people. Sources by topic: the TLFS v6.0b's chapters on feature discovery (cpuid), the
 #: hypercall interface, inter-partition communication (synic, posting, signalling) and timers; Linux ``drivers/hv`` and
@@ -140,65 +139,10 @@ EXPECTATIONS = {
     "storage.interrupts": "event flag interrupts on VMBus's vector",
 }
 
-_FINDING = re.compile(
-    r"probe: (?P<topic>[a-z]+)\.(?P<name>\w+) = (?P<value>.*?) (?P<verdict>ok|bad)(?: (?P<expected>.*))?"
-)
-_DONE = re.compile(r"probe: done (\d+) (\d+)")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing the probe looked at. `expected` is what the probe said, given only where `ok` is false."""
-
-    topic: str
-    name: str
-    value: str
-    ok: bool
-    expected: str = ""
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.topic}.{self.name}"
-
-
-@dataclass
-class Report:
-    """A whole report. `notes` are the probe's other lines, such as an exception it died of."""
-
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    totals: tuple[int, int] | None = None
-
-    @property
-    def failed(self) -> list[Finding]:
-        return [finding for finding in self.findings if not finding.ok]
-
-    @property
-    def problem(self) -> str | None:
-        """In one line, why the report is not all as expected; None if it is."""
-        if self.failed:
-            return f"{len(self.failed)} of {len(self.findings)} findings are not as expected"
-        if self.totals is None:
-            last = self.notes[-1] if self.notes else "nothing"
-            return f"the probe did not finish; its last note: {last}"
-        if self.totals != (len(self.findings), 0):
-            return f"the probe counted {self.totals[0]} good and {self.totals[1]} bad, {len(self.findings)} arrived"
-        return None
-
 
 def parse(text: str) -> Report:
     """Read COM1's text; lines that are not the probe's are skipped."""
-    report = Report()
-    for line in text.splitlines():
-        line = line.strip("\r\0")
-        if match := _FINDING.fullmatch(line):
-            topic, name, value, verdict, expected = match.groups()
-            report.findings.append(Finding(topic, name, value, verdict == "ok", expected or ""))
-        elif match := _DONE.fullmatch(line):
-            report.totals = int(match[1]), int(match[2])
-        elif line.startswith("probe: "):
-            report.notes.append(line.removeprefix("probe: "))
-    return report
+    return parse_report("probe", text)
 
 
 def expectation(full_name: str) -> str | None:

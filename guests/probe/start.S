@@ -1,4 +1,4 @@
-/* Entry, exception stubs, MSR access that survives #GP, hypercalls in both ABIs, and the way of an AP from SIPI to C.
+/* Entry, hypercalls in both ABIs, and the way of an AP from SIPI to C.
  *
  * Entered as Linux's 64-bit boot protocol says: long mode, identity map, interrupts off, RSI = boot_params.
  */
@@ -37,31 +37,7 @@ load_segments:
     push %rax
     lretq
 
-/* int rdmsr_safe(u32 msr, u64 *value); int wrmsr_safe(u32 msr, u64 value): trap.c resumes a #GP at msr_fault. */
     .text
-    .globl rdmsr_safe, wrmsr_safe, rdmsr_instruction, wrmsr_instruction, msr_fault
-rdmsr_safe:
-    mov %edi, %ecx
-rdmsr_instruction:
-    rdmsr
-    shl $32, %rdx
-    or %rdx, %rax
-    mov %rax, (%rsi)
-    xor %eax, %eax
-    ret
-wrmsr_safe:
-    mov %edi, %ecx
-    mov %esi, %eax
-    mov %rsi, %rdx
-    shr $32, %rdx
-wrmsr_instruction:
-    wrmsr
-    xor %eax, %eax
-    ret
-msr_fault:
-    mov $1, %eax
-    ret
-
 /* u64 hypercall_64(u64 control, u64 input, u64 output): RCX, RDX, R8; result in RAX. */
     .globl hypercall_64
 hypercall_64:
@@ -103,46 +79,6 @@ long_mode_again:
     pop %rbp
     pop %rbx
     ret
-
-/* One 16-byte stub for each vector: error code (or 0), vector, then the common part. */
-    .globl vector_stubs
-    .balign 16
-vector_stubs:
-    .set vector, 0
-    .rept 256
-    .balign 16
-    .if vector != 8 && vector != 10 && vector != 11 && vector != 12 && vector != 13 && vector != 14 && vector != 17
-    push $0
-    .endif
-    push $vector
-    jmp vector_common
-    .set vector, vector + 1
-    .endr
-
-vector_common:
-    push %rax
-    push %rcx
-    push %rdx
-    push %rsi
-    push %rdi
-    push %r8
-    push %r9
-    push %r10
-    push %r11
-    cld
-    mov %rsp, %rdi
-    call on_trap
-    pop %r11
-    pop %r10
-    pop %r9
-    pop %r8
-    pop %rdi
-    pop %rsi
-    pop %rdx
-    pop %rcx
-    pop %rax
-    add $16, %rsp
-    iretq
 
 /* An AP starts here in real mode at a page below 1 MiB that smp.c copied this to; CS:0 is the page. */
     .globl trampoline_start, trampoline_end

@@ -1,25 +1,10 @@
 /* SynIC messages and synthetic timers, TLFS v6.0b, inter-partition communication and timers. */
 #include "probe.h"
 
-#define TIMER_SINT 3
-#define MESSAGE_TIMER_EXPIRED 0x80000010
-
-#define TIMER_ENABLE (1ull << 0)
-#define TIMER_PERIODIC (1ull << 1)
-#define TIMER_AUTO_ENABLE (1ull << 3)
-#define TIMER_VECTOR(vector) ((u64)(vector) << 4)
-#define TIMER_DIRECT (1ull << 12)
-#define TIMER_SINTX(sint) ((u64)(sint) << 16)
+#define SINT 3
 
 #define MILLISECOND 10000ull /* reference time is in 100 ns */
 #define PATIENCE 1000ull     /* milliseconds */
-
-struct timer_payload {
-    u32 index;
-    u32 reserved;
-    u64 expiration;
-    u64 delivery;
-};
 
 struct reference_tsc reference_tsc_page __attribute__((aligned(4096)));
 static u8 message_pages[MAX_VPS][PAGE_SIZE] __attribute__((aligned(4096)));
@@ -69,7 +54,7 @@ void synic_enable(void)
     memset(event_pages[vp], 0xff, PAGE_SIZE);
     wrmsr_safe(MSR_SIMP, address_of(message_pages[vp]) | 1);
     wrmsr_safe(MSR_SIEFP, address_of(event_pages[vp]) | 1);
-    wrmsr_safe(MSR_SINT0 + TIMER_SINT, VECTOR_TIMER_SINT);
+    wrmsr_safe(MSR_SINT0 + SINT, VECTOR_TIMER_SINT);
     wrmsr_safe(MSR_SCONTROL, 1);
 }
 
@@ -83,10 +68,10 @@ static u64 arm(u32 timer, u64 config, u64 count)
 
 static void one_shot(void)
 {
-    struct message *slot = message_slot(TIMER_SINT);
+    struct message *slot = message_slot(SINT);
     struct timer_payload payload;
     u32 interrupts = this_vp()->interrupts[VECTOR_TIMER_SINT];
-    u64 due = arm(0, TIMER_SINTX(TIMER_SINT), reference_time() + 2 * MILLISECOND);
+    u64 due = arm(0, TIMER_SINT(SINT), reference_time() + 2 * MILLISECOND);
 
     /* A message may be seen before its interrupt is taken, which happens only in idle(). */
     WAIT_UNTIL(slot->type != 0 && this_vp()->interrupts[VECTOR_TIMER_SINT] != interrupts, PATIENCE);
@@ -105,11 +90,11 @@ static void one_shot(void)
 /* Two timers for one slot: one must wait, flag that it waits, and come after EOM. Which is first is not promised. */
 static void slot_busy(void)
 {
-    struct message *slot = message_slot(TIMER_SINT);
+    struct message *slot = message_slot(SINT);
     u64 due = reference_time() + MILLISECOND, came = 0;
 
-    arm(0, TIMER_SINTX(TIMER_SINT), due);
-    arm(1, TIMER_SINTX(TIMER_SINT), due);
+    arm(0, TIMER_SINT(SINT), due);
+    arm(1, TIMER_SINT(SINT), due);
     WAIT_UNTIL(slot->flags & 1, PATIENCE);
     expect_equal("synic.message_pending", slot->flags & 1, 1);
     for (int i = 0; i < 2 && WAIT_UNTIL(slot->type != 0, PATIENCE); i++) {
@@ -121,10 +106,10 @@ static void slot_busy(void)
 
 static void periodic(void)
 {
-    struct message *slot = message_slot(TIMER_SINT);
+    struct message *slot = message_slot(SINT);
     u64 ticks = 0, start = reference_time(), took;
 
-    arm(2, TIMER_SINTX(TIMER_SINT) | TIMER_PERIODIC, 3 * MILLISECOND);
+    arm(2, TIMER_SINT(SINT) | TIMER_PERIODIC, 3 * MILLISECOND);
     while (ticks < 3 && WAIT_UNTIL(slot->type != 0, PATIENCE)) {
         ticks += slot->type == MESSAGE_TIMER_EXPIRED && slot->payload[0] == 2;
         message_done(slot);
@@ -145,7 +130,7 @@ static void direct_mode(void)
     arm(3, TIMER_DIRECT | TIMER_VECTOR(VECTOR_DIRECT_TIMER), reference_time() + MILLISECOND);
     WAIT_UNTIL(this_vp()->interrupts[VECTOR_DIRECT_TIMER] != interrupts, PATIENCE);
     expect_equal("synic.direct_interrupts", this_vp()->interrupts[VECTOR_DIRECT_TIMER] - interrupts, 1);
-    expect_equal("synic.direct_no_message", message_slot(0)->type | message_slot(TIMER_SINT)->type, 0);
+    expect_equal("synic.direct_no_message", message_slot(0)->type | message_slot(SINT)->type, 0);
 }
 
 static void enable_rules(void)
@@ -154,7 +139,7 @@ static void enable_rules(void)
     wrmsr_safe(MSR_STIMER0_COUNT, reference_time() + 60000 * MILLISECOND);
     wrmsr_safe(MSR_STIMER0_CONFIG, TIMER_ENABLE); /* SINT 0 is for the hypervisor's own messages */
     expect_equal("synic.timer_sint0_disabled", rdmsr(MSR_STIMER0_CONFIG) & TIMER_ENABLE, 0);
-    wrmsr_safe(MSR_STIMER0_CONFIG, TIMER_SINTX(TIMER_SINT) | TIMER_AUTO_ENABLE);
+    wrmsr_safe(MSR_STIMER0_CONFIG, TIMER_SINT(SINT) | TIMER_AUTO_ENABLE);
     wrmsr_safe(MSR_STIMER0_COUNT, reference_time() + 60000 * MILLISECOND);
     expect_equal("synic.timer_auto_enable", rdmsr(MSR_STIMER0_CONFIG) & TIMER_ENABLE, 1);
     wrmsr_safe(MSR_STIMER0_COUNT, 0);
@@ -167,13 +152,13 @@ static void guest_idle(void)
 {
     u64 value, start = reference_time(), took;
 
-    arm(0, TIMER_SINTX(TIMER_SINT), start + 2 * MILLISECOND);
+    arm(0, TIMER_SINT(SINT), start + 2 * MILLISECOND);
     rdmsr_safe(MSR_GUEST_IDLE, &value);
     took = reference_time() - start;
     expect("synic.guest_idle", took, took < PATIENCE * MILLISECOND, "woken by an interrupt");
-    WAIT_UNTIL(message_slot(TIMER_SINT)->type != 0, PATIENCE);
-    expect_equal("synic.guest_idle_message", message_slot(TIMER_SINT)->type, MESSAGE_TIMER_EXPIRED);
-    message_done(message_slot(TIMER_SINT));
+    WAIT_UNTIL(message_slot(SINT)->type != 0, PATIENCE);
+    expect_equal("synic.guest_idle_message", message_slot(SINT)->type, MESSAGE_TIMER_EXPIRED);
+    message_done(message_slot(SINT));
 }
 
 /* The frequency MSRs against the reference counter, over the time that the timer tests took. */
@@ -217,10 +202,10 @@ void probe_synic(void)
 /* What an AP does: one timer message on its own SynIC. Returns how many came. */
 u32 receive_one_timer_message(void)
 {
-    struct message *slot = message_slot(TIMER_SINT);
+    struct message *slot = message_slot(SINT);
     bool came;
 
-    arm(0, TIMER_SINTX(TIMER_SINT), reference_time() + MILLISECOND);
+    arm(0, TIMER_SINT(SINT), reference_time() + MILLISECOND);
     came = WAIT_UNTIL(slot->type != 0 && this_vp()->interrupts[VECTOR_TIMER_SINT] == 1, PATIENCE) &&
            slot->type == MESSAGE_TIMER_EXPIRED;
     message_done(slot);

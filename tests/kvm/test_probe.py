@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from guests.probe.__main__ import DISK_START, Run, run
+from guests.bare.run import Run
+from guests.probe.__main__ import DISK_START, run
 from guests.probe.build import build
 
 pytestmark = pytest.mark.kvm
@@ -21,7 +22,7 @@ def probe() -> Path:
 
 
 def assert_as_expected(result: Run) -> None:
-    bad = "\n".join(f"{f.full_name} = {f.value}, expected {f.expected}" for f in result.report.failed)
+    bad = "\n".join(f"{f.full_name} = {f.value}, expected {f.note}" for f in result.report.failed)
     if result.report.problem is not None or result.status != 0:
         pytest.fail(f"{result.report.problem}; status {result.status}\n{bad}\n{result.stderr}", pytrace=False)
 

@@ -1,13 +1,21 @@
 /* The memory functions that gcc calls, as string instructions: few instructions for KVM's emulator. */
-#include "probe.h"
+#include "bare.h"
+
+#ifdef __x86_64__
+#define STORE_WORDS "rep stosq"
+#define MOVE_WORDS "rep movsq"
+#else
+#define STORE_WORDS "rep stosl"
+#define MOVE_WORDS "rep movsl"
+#endif
 
 void *memset(void *to, int value, size_t size)
 {
     void *at = to;
-    size_t words = size / 8;
+    size_t words = size / sizeof(ulong);
 
-    size &= 7;
-    __asm__ volatile("rep stosq" : "+D"(at), "+c"(words) : "a"((u8)value * 0x0101010101010101ull) : "memory");
+    size %= sizeof(ulong);
+    __asm__ volatile(STORE_WORDS : "+D"(at), "+c"(words) : "a"((u8)value * (~(ulong)0 / 255)) : "memory");
     __asm__ volatile("rep stosb" : "+D"(at), "+c"(size) : "a"(value) : "memory");
     return to;
 }
@@ -15,10 +23,10 @@ void *memset(void *to, int value, size_t size)
 void *memcpy(void *to, const void *from, size_t size)
 {
     void *at = to;
-    size_t words = size / 8;
+    size_t words = size / sizeof(ulong);
 
-    size &= 7;
-    __asm__ volatile("rep movsq" : "+D"(at), "+S"(from), "+c"(words) : : "memory");
+    size %= sizeof(ulong);
+    __asm__ volatile(MOVE_WORDS : "+D"(at), "+S"(from), "+c"(words) : : "memory");
     __asm__ volatile("rep movsb" : "+D"(at), "+S"(from), "+c"(size) : : "memory");
     return to;
 }
@@ -35,11 +43,11 @@ int memcmp(const void *left, const void *right, size_t size)
 
 bool all_zero(const void *page, size_t size)
 {
-    const u64 *at = page;
-    const u64 *end = at + size / 8;
+    const volatile ulong *at = page;
+    const volatile ulong *end = at + size / sizeof(ulong);
 
     for (; at < end; at++)
-        if (*(volatile const u64 *)at)
+        if (*at)
             return false;
     return true;
 }

@@ -1,5 +1,5 @@
 /* COM1, a 16550 at 0x3f8, polled: one look at the line status for each 16 bytes, which its FIFO takes. */
-#include "probe.h"
+#include "bare.h"
 
 #define COM1 0x3f8
 #define FIFO_CONTROL (COM1 + 2)
@@ -48,9 +48,9 @@ void print_hex(u64 value)
     print(at);
 }
 
-void print_decimal(u64 value)
+void print_decimal(u32 value)
 {
-    char digits[21];
+    char digits[11];
     char *at = digits + sizeof(digits) - 1;
 
     *at = 0;

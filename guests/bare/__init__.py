@@ -1,0 +1,1 @@
+"""What the bare-metal guests share: C and assembly pieces, building them, reading their reports."""
