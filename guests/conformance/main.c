@@ -1,0 +1,55 @@
+/* The kit's order of events. `kit=TOPIC,TOPIC...` on the command line chooses; all topics are the default. */
+#include "kit.h"
+
+#define MULTIBOOT_HAS_COMMAND_LINE (1u << 2)
+
+struct multiboot {
+    u32 flags, lower, upper, device, command_line;
+};
+
+extern u32 multiboot_information;
+
+static const struct {
+    const char *name;
+    void (*test)(void);
+} topics[] = {
+    {"cpuid", test_cpuid}, {"msr", test_msr},     {"hypercall", test_hypercall},
+    {"time", test_time},   {"synic", test_synic}, {"stimer", test_stimer},
+};
+
+/* Low memory is the kit's after this. */
+static void read_command_line(void)
+{
+    static char copy[1024];
+    const struct multiboot *information = (const struct multiboot *)(ulong)multiboot_information;
+    const char *from = (const char *)(ulong)information->command_line;
+    u32 length = 0;
+
+    if (!(information->flags & MULTIBOOT_HAS_COMMAND_LINE))
+        return;
+    while (length < sizeof(copy) - 1 && from[length]) {
+        copy[length] = from[length];
+        length++;
+    }
+    command_line = copy;
+}
+
+void kit_main(void);
+void kit_main(void)
+{
+    u32 online;
+
+    read_command_line();
+    vps_count();
+    vp_init(0);
+    print("kit: start\n");
+    cpuid_read();
+    online = vps_start();
+    expect_equal("kit.vps_online", "7.4", online, vp_count);
+    if (online != vp_count)
+        vp_count = 1;
+    for (u32 i = 0; i < sizeof(topics) / sizeof(topics[0]); i++)
+        if (!has_key("kit=") || lists("kit=", topics[i].name))
+            topics[i].test();
+    report_done();
+}

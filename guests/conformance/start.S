@@ -1,0 +1,168 @@
+/* Entry as the Multiboot specification says (32-bit protected mode, EBX = information), the way of an AP to C, and
+ * hypercalls. The 64-bit build runs in long mode; the 32-bit build without paging, which KVM without hardware
+ * virtualisation (kvm_pvm) does not have in protected mode.
+ */
+#define PAGE_SIZE 4096
+#define MAX_VPS 64
+#define STACK_SIZE 16384
+#define CODE32 0x08
+#define CODE64 0x10
+#define DATA 0x18
+
+#ifdef __x86_64__
+#define CR0_WANTED 0x80010033 /* PG WP NE ET MP PE */
+#define CR4_WANTED 0x620      /* OSXMMEXCPT OSFXSR PAE */
+#else
+#define CR0_WANTED 0x00000033 /* NE ET MP PE */
+#define CR4_WANTED 0x600      /* OSXMMEXCPT OSFXSR */
+#endif
+#define EFER 0xc0000080
+#define EFER_LME 0x100
+
+    .section .text.entry, "ax"
+    .code32
+    .balign 4
+    .long 0x1badb002, 0, -0x1badb002
+    .globl kit_entry
+kit_entry:
+    cli
+    cld
+    mov %ebx, multiboot_information
+    lgdt gdt_pointer
+    ljmp $CODE32, $protected_mode
+
+/* Every VP passes here; its number is its initial APIC id. */
+    .globl protected_mode
+protected_mode:
+    mov $DATA, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    mov %eax, %fs
+    mov %eax, %gs
+    mov $CR4_WANTED, %eax
+    mov %eax, %cr4
+#ifdef __x86_64__
+    mov $page_root, %eax
+    mov %eax, %cr3
+    mov $EFER, %ecx
+    rdmsr
+    or $EFER_LME, %eax
+    wrmsr
+#endif
+    mov $CR0_WANTED, %eax
+    mov %eax, %cr0
+#ifdef __x86_64__
+    ljmp $CODE64, $full_mode
+    .code64
+#endif
+    .globl full_mode
+full_mode:
+    mov $1, %eax
+    cpuid
+    shr $24, %ebx
+    cmp $MAX_VPS, %ebx
+    jae 1f
+    mov %ebx, %esp
+    inc %esp
+    imul $STACK_SIZE, %esp, %esp
+    add $vp_stacks, %esp
+    cld
+    test %ebx, %ebx
+    jnz 2f
+    call kit_main
+1:  cli
+    hlt
+    jmp 1b
+2:  call vp_main
+    jmp 1b
+
+/* u64 hypercall(u64 control, u64 input, u64 output): the calling convention of the build's mode. */
+    .text
+    .globl hypercall
+hypercall:
+#ifdef __x86_64__
+    mov %rdi, %rcx
+    mov %rdx, %r8
+    mov %rsi, %rdx
+    mov $hypercall_page, %eax
+    jmp *%rax
+#else
+    push %ebp
+    push %ebx
+    push %esi
+    push %edi
+    mov 20(%esp), %eax
+    mov 24(%esp), %edx
+    mov 28(%esp), %ecx
+    mov 32(%esp), %ebx
+    mov 36(%esp), %esi
+    mov 40(%esp), %edi
+    mov $hypercall_page, %ebp
+    call *%ebp
+    pop %edi
+    pop %esi
+    pop %ebx
+    pop %ebp
+    ret
+#endif
+
+/* An AP starts here in real mode at a page below 1 MiB that vp.c copied this to; CS:0 is the page. */
+    .globl trampoline_start, trampoline_end
+    .code16
+trampoline_start:
+    cli
+    mov %cs, %ax
+    mov %ax, %ds
+    lgdtl (trampoline_gdt_pointer - trampoline_start)
+    mov %cr0, %eax
+    or $1, %eax
+    mov %eax, %cr0
+    ljmpl $CODE32, $protected_mode
+trampoline_gdt_pointer:
+    .word gdt_end - gdt - 1
+    .long gdt
+trampoline_end:
+
+    .data
+    .balign 16
+    .globl gdt, multiboot_information
+gdt:
+    .quad 0
+    .quad 0x00cf9b000000ffff
+    .quad 0x00af9b000000ffff
+    .quad 0x00cf93000000ffff
+gdt_end:
+gdt_pointer:
+    .word gdt_end - gdt - 1
+    .long gdt
+multiboot_information:
+    .long 0
+
+#ifdef __x86_64__
+/* The first 4 GiB, each 2 MiB page mapped to itself, writable. */
+    .balign PAGE_SIZE
+    .globl page_root, page_directory
+page_root:
+    .quad page_directory_pointers + 3
+    .fill 511, 8, 0
+page_directory_pointers:
+    .quad page_directory + 3, page_directory + 0x1003, page_directory + 0x2003, page_directory + 0x3003
+    .fill 508, 8, 0
+page_directory:
+    .set page, 0
+    .rept 2048
+    .quad page + 0x83
+    .set page, page + 0x200000
+    .endr
+#endif
+
+    .bss
+    .globl vp_stacks, hypercall_page
+    .balign STACK_SIZE
+vp_stacks:
+    .skip MAX_VPS * STACK_SIZE
+hypercall_page:
+    .skip PAGE_SIZE
+
+    .section .note.GNU-stack, "", @progbits

@@ -1,0 +1,42 @@
+"""The conformance kit on /dev/kvm, in both modes and under several profiles: every test is good, and none is missed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guests.bare.run import Run
+from guests.conformance.build import WIDTHS, build
+from guests.conformance.run import run_pyvmm
+
+pytestmark = pytest.mark.kvm
+
+
+def assert_good(result: Run) -> None:
+    if result.problem is not None:
+        bad = "\n".join(f"{f.full_name} = {f.value} {f.note}" for f in result.report.failed)
+        pytest.fail(f"{result.problem}\n{bad}\n{result.stderr}", pytrace=False)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_all_that_is_offered_conforms(tmp_path: Path, bits: int, cpus: int) -> None:
+    result = run_pyvmm(build(bits), tmp_path, cpus=cpus)
+    assert_good(result)
+    if cpus > 1:
+        assert [finding.full_name for finding in result.report.of("skip")] == []
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(
+    "enlightenments", ["full,+tlbflush,+tlbflush-ext,+ipi", "windows-server-2008", "full,-stimer", "minimal", "none"]
+)
+def test_each_profile_offers_what_works_and_no_more(tmp_path: Path, bits: int, enlightenments: str) -> None:
+    assert_good(run_pyvmm(build(bits), tmp_path, cpus=2, enlightenments=enlightenments))
+
+
+def test_topics_can_be_chosen(tmp_path: Path) -> None:
+    result = run_pyvmm(build(64), tmp_path, cpus=1, topics="synic,time")
+    assert_good(result)
+    assert {finding.topic for finding in result.report.findings} == {"kit", "synic", "time"}
