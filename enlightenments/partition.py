@@ -242,6 +242,8 @@ class Partition(Ports):
             "reference_page": self._reference_page.gpa,
             "reference_time": self.reference.now() if self.reference else 0,
             "assist_pages": list(self._assist),
+            "reenlightenment": self._reenlightenment,
+            "tsc_invariant": self._tsc_invariant,
             "crash": list(self._crash),
             "message_ports": sorted(self._hypercalls.message_ports),
             "doorbells": self.doorbells.inspect(),

@@ -48,6 +48,7 @@ class Commands:
         #: By name: the arguments that a command knows, and what carries it out.
         self._table: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], dict[str, Any]]]] = {
             "add-disk": (("path", "readonly", "controller"), self._add_disk),
+            "enlightenments": ((), lambda _: machine.enlightenments()),
             "inspect": (("path",), self._inspect),
             "pause": ((), lambda _: self._control(machine.pause)),
             "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),

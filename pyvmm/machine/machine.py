@@ -189,8 +189,11 @@ class Machine:
                 )
 
     def _make_vp(self, index: int, leaves: list[abi.CpuidEntry]) -> tuple[Vp, _hot.Vp]:
+        from pyvmm.machine.processor import signatures
+
         vp = self._vm.create_vp(index)
         vp.set_cpuid(leaves)
+        self._signatures = signatures(leaves)
         if index == 0:
             self.partition.set_reference_time(vp.tsc_khz(), vp.tsc_offset())
         reference = self.partition.reference
@@ -506,6 +509,20 @@ class Machine:
             "console": self._console.inspect(),
             "synthetic": self._synthetic.inspect() if self._synthetic is not None else None,
         }
+
+    def enlightenments(self) -> dict[str, Any]:
+        """What the guest makes of its enlightenments, see `enlightenments.observe`."""
+        from enlightenments.observe import report
+
+        return report(
+            {
+                "offered": self.partition.chosen.names,
+                "vps": [processor.hot.counts() for processor in self.processors],
+                "partition": self.partition.inspect(),
+                "signatures": self._signatures,
+                "vmbus": self._synthetic is not None,
+            }
+        )
 
     def _registers(self) -> list[dict[str, str] | None]:
         """Those of parked VPs: KVM makes whoever asks for those of a running one wait until it leaves the guest."""

@@ -248,6 +248,18 @@ def guest_cpuid(
     return leaves
 
 
+def signatures(leaves: list[abi.CpuidEntry]) -> dict[str, str]:
+    """The hypervisors that CPUID `leaves` tell of: by leaf, what stands in EBX, ECX and EDX. Every 0x100 leaves there
+    may be one (Linux ``arch/x86/include/asm/processor.h``, hypervisor_cpuid_base)."""
+    return {
+        f"{leaf.function:#x}": b"".join(part.to_bytes(4, "little") for part in (leaf.ebx, leaf.ecx, leaf.edx))
+        .rstrip(b"\0")
+        .decode("latin-1")
+        for leaf in leaves
+        if 0x4000_0000 <= leaf.function <= 0x4FFF_FFFF and not leaf.function & 0xFF
+    }
+
+
 def power_on_states(vps: list[Processor], msr_indices: list[int]) -> list[dict[str, Any]]:
     """The VPs' states right after they were made, to come back to at a reset."""
     return [processor.vp.get_state(msr_indices) for processor in vps]

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.machine.machine import MachineError, Outcome
+from tests.fakes.observed import ObservedGuest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ class FakeMachine:
         self.shutting_down = threading.Event()
         self.obeys = True
         self.closed = False
+        self.observed = ObservedGuest()
 
     def run(self) -> Outcome:
         if self.script is not None:
@@ -77,6 +79,10 @@ class FakeMachine:
 
     def inspect(self) -> dict[str, Any]:
         return {"state": self.state, "vps": [{"index": 0, "exits": {"io": 3}}], "devices": {}}
+
+    def enlightenments(self) -> dict[str, Any]:
+        self.observed.seconds += 1
+        return self.observed.report()
 
     def add_disk(self, path: str, readonly: bool, controller: int) -> dict[str, Any]:
         self.calls.append(("add_disk", path, readonly, controller))

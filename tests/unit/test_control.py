@@ -52,6 +52,12 @@ def test_controls_reach_the_vm_and_reply_with_its_state() -> None:
     assert machine.stopped.is_set()
 
 
+def test_enlightenments_is_the_report_of_their_use() -> None:
+    machine = FakeMachine()
+    reply = ask(machine, command="enlightenments")
+    assert reply == {"ok": True, **machine.observed.report()}
+
+
 @pytest.mark.parametrize("obeys", [True, False])
 def test_shutdown_says_whether_the_guest_obeyed(obeys: bool) -> None:
     machine = FakeMachine()
