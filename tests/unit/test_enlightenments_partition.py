@@ -18,6 +18,7 @@ from tests.fakes.partition import SIZE, TSC_KHZ, Vm
 OS_ID, HYPERCALL, VP_INDEX, RESET = 0x40000000, 0x40000001, 0x40000002, 0x40000003
 RUNTIME, REF_COUNT, REF_TSC, TSC_HZ, APIC_HZ = 0x40000010, 0x40000020, 0x40000021, 0x40000022, 0x40000023
 APIC = (0x40000070, 0x40000071, 0x40000072)
+REENLIGHTENMENT, TSC_EMULATION, TSC_EMULATED, TSC_INVARIANT = 0x40000106, 0x40000107, 0x40000108, 0x40000118
 ASSIST, IDLE, CRASH_P0, CRASH_CTL = 0x40000073, 0x400000F0, 0x40000100, 0x40000105
 NOTIFY, MESSAGE = 1 << 63, 1 << 62
 
@@ -270,6 +271,44 @@ def test_traces_tell_the_access_and_its_end() -> None:
         "synic: vp0 sint2 message type 0x1, 3 bytes",
         "synic: vp1 sint2 event flag 7",
     ]
+
+
+# The TSC
+
+
+def test_the_tsc_msrs_keep_what_they_know(vm: Vm) -> None:
+    for msr, value in ((REENLIGHTENMENT, 1 << 32 | 1 << 16 | 0xEE), (TSC_EMULATION, 1), (TSC_INVARIANT, 1)):
+        assert vm.read(msr) == 0
+        assert vm.write(msr, value)
+        assert vm.read(msr) == value
+    assert vm.write(TSC_EMULATED, 0)
+
+
+@pytest.mark.parametrize(
+    ("msr", "value"),
+    [
+        (REENLIGHTENMENT, 1 << 8),
+        (REENLIGHTENMENT, 1 << 17),
+        (REENLIGHTENMENT, 2 << 32 | 1 << 16 | 0xEE),  # there is no VP 2
+        (REENLIGHTENMENT, 1 << 16 | 15),
+        (TSC_EMULATION, 2),
+        (TSC_EMULATED, 1),
+        (TSC_INVARIANT, 3),
+    ],
+)
+def test_the_tsc_msrs_fault_on_what_makes_no_sense(vm: Vm, msr: int, value: int) -> None:
+    assert not vm.write(msr, value)
+    assert vm.read(msr) == 0
+
+
+@pytest.mark.parametrize(("enable", "told"), [(1, [0xEE]), (0, [])])
+def test_a_guest_that_asked_hears_of_another_tsc_rate_after_restore(vm: Vm, enable: int, told: list[int]) -> None:
+    vm.write(REENLIGHTENMENT, 1 << 32 | enable << 16 | 0xEE)
+    same, faster = Vm(), Vm()
+    same.partition.restore(vm.partition.save())
+    faster.partition.restore({**vm.partition.save(), "tsc_khz": TSC_KHZ + 1})
+    assert [synic.take_interrupts() for synic in same.partition.synics] == [[], []]
+    assert [synic.take_interrupts() for synic in faster.partition.synics] == [[], told]
 
 
 # Reset, save, restore

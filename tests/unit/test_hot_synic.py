@@ -321,6 +321,21 @@ def busy_guest() -> SynicGuest:
     return guest
 
 
+def test_an_interrupt_without_eoi_waits_for_the_vps_own_thread(guest: SynicGuest) -> None:
+    guest.enable(2, 3, flags=AUTO_EOI)
+    guest.synic.post(3, 1, b"message")
+    guest.scan()
+    guest.synic.signal_event(2, 5)
+    guest.synic.signal_event(2, 6)
+    assert guest.interrupts() == []  # none to KVM's LAPIC, which would want an EOI
+    assert guest.synic.inspect()["auto_eoi"] == [VECTOR + 2, VECTOR + 3]
+    other = SynicGuest()
+    other.synic.restore(guest.synic.save())
+    assert other.synic.inspect()["auto_eoi"] == [VECTOR + 2, VECTOR + 3]
+    guest.synic.reset()
+    assert guest.synic.inspect()["auto_eoi"] == []
+
+
 def test_reset_brings_back_the_power_on_state() -> None:
     guest = busy_guest()
     guest.synic.reset()
