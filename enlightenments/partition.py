@@ -1,6 +1,6 @@
 """A partition as its guest sees it through MSRs and hypercalls. TLFS v6.0b, chapters 3, 5, 8, 10, 11 and 12.
 
-The SynIC, the synthetic timers, TIME_REF_COUNT and HvSignalEvent are C (`pyvmm.core._hot`); here is the rest.
+The SynIC, the timers, the hottest MSRs and hypercalls are C (`pyvmm.core._hot`); here is the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from enlightenments.tlfs import (
     MSR_APIC_FREQUENCY,
     MSR_CRASH_CTL,
     MSR_CRASH_P0,
-    MSR_GUEST_IDLE,
     MSR_GUEST_OS_ID,
     MSR_HYPERCALL,
     MSR_REENLIGHTENMENT_CONTROL,
@@ -59,8 +58,6 @@ _CRASH_MESSAGE = 1 << 62
 _REENLIGHTENMENT_VECTOR = 0xFF
 _REENLIGHTENMENT_ENABLE = 1 << 16
 _REENLIGHTENMENT_VP = 0xFFFF_FFFF << 32
-#: The longest that one read of the idle MSR waits. The guest looks again for itself, so a short wait is allowed.
-_IDLE_SECONDS = 0.001
 
 
 #: The MSRs of the whole partition in saved state.
@@ -126,7 +123,6 @@ class Partition(Ports):
             MSR_TSC_FREQUENCY: lambda vp: self._tsc_khz * 1000,
             MSR_APIC_FREQUENCY: lambda vp: APIC_HZ,
             MSR_VP_ASSIST_PAGE: lambda vp: self._assist[vp],
-            MSR_GUEST_IDLE: self._idle,
             MSR_REENLIGHTENMENT_CONTROL: lambda vp: self._reenlightenment,
             MSR_TSC_EMULATION_CONTROL: lambda vp: self._tsc_emulation,
             MSR_TSC_EMULATION_STATUS: lambda vp: self._tsc_emulated,
@@ -380,10 +376,6 @@ class Partition(Ports):
             return False
         self._tsc_invariant = value
         return True
-
-    def _idle(self, vp: int) -> int:
-        time.sleep(_IDLE_SECONDS)
-        return 0
 
     def _write_crash(self, number: int, value: int) -> bool:
         self._crash[number] = value

@@ -14,7 +14,11 @@ enum {
 	APIC_TPR = 0x80,
 	APIC_SPURIOUS = 0xf0,
 	APIC_ISR = 0x100,
+	APIC_IRR = 0x200,
 	APIC_SOFTWARE_ENABLED = 1 << 8,
+
+	IDLE_NAP_NS = 20000,
+	IDLE_NAPS = 50,
 };
 
 static uint32_t apic_register(const struct kvm_lapic_state *lapic, unsigned offset)
@@ -24,18 +28,24 @@ static uint32_t apic_register(const struct kvm_lapic_state *lapic, unsigned offs
 	return value;
 }
 
+// The highest vector in a register of 256 bits, or -1.
+static int highest_vector(const struct kvm_lapic_state *lapic, unsigned offset)
+{
+	for (int i = 7; i >= 0; i--) {
+		uint32_t bits = apic_register(lapic, offset + 0x10 * (unsigned)i);
+		if (bits)
+			return 32 * i + 31 - __builtin_clz(bits);
+	}
+	return -1;
+}
+
 // The priority class below or at which interrupts wait (Intel SDM volume 3, 11.8.3.1).
 static unsigned processor_priority(const struct kvm_lapic_state *lapic)
 {
-	unsigned class = (apic_register(lapic, APIC_TPR) & 0xff) >> 4;
-	for (int word = 7; word >= 0; word--) {
-		uint32_t in_service = apic_register(lapic, APIC_ISR + 0x10 * (unsigned)word);
-		if (in_service) {
-			unsigned vector = 32 * (unsigned)word + 31 - (unsigned)__builtin_clz(in_service);
-			return vector >> 4 > class ? vector >> 4 : class;
-		}
-	}
-	return class;
+	unsigned task = (apic_register(lapic, APIC_TPR) & 0xff) >> 4;
+	int vector = highest_vector(lapic, APIC_ISR);
+	unsigned service = vector < 0 ? 0 : (unsigned)vector >> 4;
+	return service > task ? service : task;
 }
 
 static bool may_interrupt(const struct kvm_vcpu_events *events)
@@ -80,6 +90,21 @@ bool hot_vp_inject(VpObject *self)
 	}
 	hot_synic_auto_eoi_done(self->synic, vector);
 	return hot_synic_auto_eoi(self->synic) < 0;
+}
+
+// KVM would wait in HLT only for interrupts that the guest can take, so those that are masked are looked for from here.
+// A guest that idles looks for itself why it was woken: to wake it without a reason is allowed.
+void hot_vp_idle(VpObject *self)
+{
+	const struct timespec nap = {.tv_nsec = IDLE_NAP_NS};
+	struct kvm_lapic_state lapic;
+	for (unsigned naps = 0; naps < IDLE_NAPS; naps++) {
+		if (atomic_load(&self->scan_requested) || atomic_load(&self->stop_requested) ||
+		    hot_synic_auto_eoi(self->synic) >= 0 || ioctl(self->fd, KVM_GET_LAPIC, &lapic) < 0 ||
+		    highest_vector(&lapic, APIC_IRR) >= 0)
+			return;
+		nanosleep(&nap, NULL);
+	}
 }
 
 // APIC registers ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ enum {
 	KICK_SIGNAL = 44, // a real-time signal that neither glibc nor Python uses
 
 	MSR_TIME_REF_COUNT = 0x40000020,
+	MSR_GUEST_IDLE = 0x400000f0,
 
 	// The hypercall page, written by enlightenments/hypercall_page.py, traps here: one port for callers in 64-bit
 	// mode, one for all others.
@@ -192,6 +193,10 @@ static bool on_msr(VpObject *self, struct gil *gil, bool write)
 		} else if (index == MSR_TIME_REF_COUNT && !write) {
 			handled = valid = true;
 			value = hot_reference_now(self->reference);
+		} else if (index == MSR_GUEST_IDLE && !write) {
+			handled = valid = true;
+			value = 0;
+			hot_vp_idle(self);
 		}
 	}
 	if (!handled || self->trace_msr) {

@@ -115,6 +115,8 @@ PyObject *hot_vp_counts(VpObject *self, PyObject *ignored);
 
 // interrupt.c: has the guest take an interrupt that needs no EOI. False if one waits that it cannot take now.
 bool hot_vp_inject(VpObject *self);
+// Waits for an interrupt, for the GUEST_IDLE MSR, but not for ever.
+void hot_vp_idle(VpObject *self);
 // EOI, ICR and TPR by MSR. False where the guest must get #GP.
 bool hot_vp_owns_apic_msr(uint32_t index);
 bool hot_vp_apic_msr(VpObject *self, bool write, uint32_t index, uint64_t *value);
