@@ -113,7 +113,7 @@ def test_a_profile_may_bring_its_version() -> None:
 
 
 def test_the_default_is_everything_but_what_is_slower_through_user_space() -> None:
-    assert {"tlbflush", "tlbflush-ext", "ipi"} == ALL - FULL
+    assert {"tlbflush", "tlbflush-ext", "ipi", "vapic"} == ALL - FULL
 
 
 @given(st.text(alphabet="+-,=.x0123456789abcdefghijklmnopqrstuvwyz /", max_size=40))
