@@ -39,7 +39,7 @@ PROFILES = {
     "full": Profile(
         frozenset(ENLIGHTENMENTS) - _ON_REQUEST,
         "everything but flushes, IPIs and APIC registers, which KVM's own APIC does faster than user space can",
-        "docs/benchmarks.md",
+        "measurements in docs/enlightenments.md",
     ),
     "minimal": Profile(
         ("base", "vpindex"),
@@ -48,7 +48,7 @@ PROFILES = {
     ),
     "none": Profile((), "no hypervisor at all", "TLFS 2.1"),
     "windows-server-2008": Profile(
-        ("base", "vpindex", "reset", "runtime", "time", "synic", "stimer", "vapic", "spinlocks", "relaxed", "vmbus"),
+        ("base", "vpindex", "reset", "runtime", "time", "synic", "stimer", "spinlocks", "relaxed", "vmbus"),
         "Hyper-V's first interface: no frequencies, no direct timers, no idling, no crash report, no advice on EOIs",
         "TLFS v2.0, appendices F and G",
         (6001, 6, 0),
@@ -59,20 +59,19 @@ PROFILES = {
     "windows-11": Profile(
         (
             *("base", "vpindex", "runtime", "time", "frequencies", "tsc-invariant", "synic", "avic", "stimer"),
-            *("stimer-direct", "vapic", "spinlocks", "xmm-input", "relaxed", "vmbus"),
+            *("stimer-direct", "spinlocks", "xmm-input", "relaxed", "vmbus"),
         ),
-        "what QEMU's manual advises for Windows: a crash writes its dump, and no MSRs that Windows leaves alone",
+        "what QEMU's manual advises for Windows, but for what is slower here: a crash writes its dump",
         "QEMU docs/system/i386/hyperv.rst, Recommendations; cloud-hypervisor arch/src/x86_64/mod.rs",
     ),
-    # Where vapic is not offered, Linux uses the APIC's own registers, which KVM answers in the kernel. It idles by MSR
-    # only together with ipi, for spinlocks; it never uses reset, runtime, relaxed or the spin wait call; xmm-input,
-    # vp-registers and start-vp only in confidential VMs; re-enlightenment only for guests of its own.
+    # Linux idles by MSR only together with ipi, for spinlocks; it never uses reset, runtime, relaxed or the spin wait
+    # call; xmm-input, vp-registers and start-vp only in confidential VMs; re-enlightenment only for guests of its own.
     "linux": Profile(
         (
             *("base", "vpindex", "time", "frequencies", "tsc-invariant", "synic", "avic", "stimer"),
             *("stimer-direct", "crash", "vmbus"),
         ),
-        "what Linux 6.x uses; its APIC stays in KVM, which is faster than by MSR through user space",
+        "what Linux 6.x uses",
         "Linux arch/x86/kernel/cpu/mshyperv.c, arch/x86/hyperv/, drivers/clocksource/hyperv_timer.c",
     ),
 }
