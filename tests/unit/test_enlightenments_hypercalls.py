@@ -153,6 +153,7 @@ def test_the_output_is_aligned_and_in_one_page_of_writable_memory(guest: Guest, 
 
 
 def test_a_list_that_leaves_its_page_is_refused(guest: Guest) -> None:
+    guest.memory.write(BLOCK, u64(0, 1))  # all VPs
     assert guest.call(HVCALL_FLUSH_LIST | reps(509), BLOCK) == 509 << 32
     assert guest.call(HVCALL_FLUSH_LIST | reps(510), BLOCK) == INVALID_ALIGNMENT
     assert guest.call(HVCALL_GET_VP_REGISTERS | reps(257), BLOCK, OUT) == INVALID_ALIGNMENT
@@ -181,7 +182,7 @@ def test_xmm_registers_continue_the_general_ones() -> None:
 
 def test_a_fast_list_takes_all_xmm_registers_and_no_more(guest: Guest) -> None:
     # A header of 24 bytes leaves 88 of 112: 11 entries.
-    assert guest.call(HVCALL_FLUSH_LIST | FAST | reps(11), 0, 0, bytes(96)) == 11 << 32
+    assert guest.call(HVCALL_FLUSH_LIST | FAST | reps(11), 0, 1, bytes(96)) == 11 << 32
     assert guest.call(HVCALL_FLUSH_LIST | FAST | reps(12), 0, 0, bytes(96)) == INVALID_HYPERCALL_INPUT
 
 
@@ -291,6 +292,18 @@ def test_a_space_is_flushed(guest: Guest, flags: int) -> None:
 def test_flushes_know_their_flags(guest: Guest, flags: int) -> None:
     assert guest.send(HVCALL_FLUSH_SPACE, u64(0, flags, 1)) == INVALID_PARAMETER
     assert guest.send(HVCALL_FLUSH_SPACE_EX, u64(0, flags, 1, 0)) == INVALID_PARAMETER
+
+
+def test_a_flush_by_mask_names_a_vp(guest: Guest) -> None:
+    assert guest.send(HVCALL_FLUSH_SPACE, u64(0, 2, 0)) == INVALID_PARAMETER
+    assert done(guest.send(HVCALL_FLUSH_LIST | reps(2), u64(0, 0, 0, 0x4000, 0x5000))) == (INVALID_PARAMETER, 0)
+    assert guest.send(HVCALL_FLUSH_SPACE, u64(0, 1, 0)) == SUCCESS
+
+
+def test_a_flushed_space_is_one_that_can_be(guest: Guest) -> None:
+    assert guest.send(HVCALL_FLUSH_SPACE, u64(1 << 60, 1, 0)) == INVALID_PARAMETER
+    assert guest.send(HVCALL_FLUSH_SPACE_EX, u64(1 << 52, 0, 1, 0)) == INVALID_PARAMETER
+    assert guest.send(HVCALL_FLUSH_SPACE, u64(1 << 60, 3, 0)) == SUCCESS  # all spaces: it is not looked at
 
 
 @pytest.mark.parametrize("start", [0, 1, 2])

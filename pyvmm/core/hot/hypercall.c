@@ -26,6 +26,7 @@ static const uint64_t CONTROL_CODE = 0xffff;
 static const uint64_t CONTROL_FAST = 1 << 16;
 static const uint64_t CONTROL_RESERVED = 0xf000f000f8000000; // nested calls among them: there is no nesting here
 static const uint64_t RESULT_STATUS = 0xffff;
+static const uint64_t CR3_RESERVED = 0x1ff0000000000000; // on every processor
 static const uint64_t CR4_PGE = 1 << 7;
 
 static const uint64_t FLUSH_ALL_PROCESSORS = 1 << 0;
@@ -150,13 +151,16 @@ static unsigned flush(VpObject *self, const struct hypercall *call)
 		known |= FLUSH_NON_GLOBAL_ONLY;
 	else if (self->extended_ranges)
 		known |= FLUSH_EXTENDED_RANGES;
-	if (flags & ~known)
+	if ((flags & ~known) || (!(flags & FLUSH_ALL_SPACES) && (word(call, 0) & CR3_RESERVED)))
 		return HV_STATUS_INVALID_PARAMETER;
 	unsigned status = HV_STATUS_SUCCESS;
-	if (code == HVCALL_FLUSH_SPACE || code == HVCALL_FLUSH_LIST)
+	if (code == HVCALL_FLUSH_SPACE || code == HVCALL_FLUSH_LIST) {
+		if (!(flags & FLUSH_ALL_PROCESSORS) && !word(call, 16))
+			return HV_STATUS_INVALID_PARAMETER;
 		set = word(call, 16) & everybody(self);
-	else
+	} else {
 		status = read_vp_set(self, call, 16, &set);
+	}
 	if (status)
 		return status;
 	flush_all(self, flags & FLUSH_ALL_PROCESSORS ? everybody(self) : set);
