@@ -88,6 +88,12 @@ enum {
 #define CALL_REPS(count) ((u64)(count) << 32)
 #define CALL_START(index) ((u64)(index) << 48)
 
+/* A caller's own partition and VP, and the formats of HV_VP_SET. */
+#define PARTITION_SELF (~0ull)
+#define VP_SELF 0xfffffffeu
+#define VP_SET_SPARSE 0u
+#define VP_SET_ALL 1u
+
 /* CPUID 0x40000003 and 0x40000004. */
 enum {
     EAX_VP_RUNTIME = 1 << 0,

@@ -12,6 +12,22 @@ void hypercall_enable(void)
     wrmsr_safe(MSR_HYPERCALL, address_of(hypercall_page) | 1);
 }
 
+/* KVM's emulator knows no moves to XMM registers, but it knows FXRSTOR. */
+u64 hypercall_xmm(u64 control, u64 input, u64 output, const u64 xmm[12])
+{
+    static struct {
+        u16 control, status, tag, opcode;
+        u64 instruction, operand;
+        u32 mxcsr, mxcsr_mask;
+        u64 x87[16];
+        u64 xmm[44];
+    } state __attribute__((aligned(16))) = {.control = 0x37f, .mxcsr = 0x1f80};
+
+    memcpy(state.xmm, xmm, 12 * sizeof(*xmm));
+    __asm__ volatile("fxrstor %0" : : "m"(state));
+    return hypercall(control, input, output);
+}
+
 u32 status_of(u64 control, u64 input, u64 output)
 {
     return (u16)hypercall(control, input, output);

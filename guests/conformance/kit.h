@@ -24,12 +24,13 @@
 #endif
 
 /* Vectors; each topic that takes interrupts has its own. */
+#define VECTOR_LAST 0x20
 #define VECTOR_WATCHDOG 0x60
 #define VECTOR_WAKE 0x61
 #define VECTOR_SPURIOUS 0xff
 
 /* Who ends an interrupt on a vector. */
-enum end_of_interrupt { EOI_BY_APIC, EOI_BY_NOBODY, EOI_BY_MSR };
+enum end_of_interrupt { EOI_BY_APIC, EOI_BY_NOBODY, EOI_BY_MSR, EOI_BY_ASSIST };
 
 /* One VP's own data; it stands at the foot of the VP's stack, where this_vp() finds it. */
 struct vp {
@@ -43,15 +44,20 @@ struct vp {
 /* vp.c */
 extern u32 vp_count;
 extern u8 end_of_interrupt[256];
+extern volatile u32 *eoi_assist; /* the first word of the first VP's assist page */
+extern u32 eois_saved;
 extern u8 vp_stacks[MAX_VPS][STACK_SIZE];
 void vps_count(void);
 void vp_init(u32 number);
+void vp_main(void); /* an AP's life */
+void watchdog(u32 period);
 u32 vps_start(void); /* returns how many are online, with the first */
 void vp_begin(u32 number, void (*job)(void));
 bool vp_finished(u32 number); /* waits for it */
 bool vp_run(u32 number, void (*job)(void));
 void idle(void); /* interrupts on, halt until one was taken, interrupts off */
-void take_interrupts(void); /* those that are pending now */
+void open_window(void); /* interrupts on for a few instructions */
+void take_interrupts(void); /* all those that are pending now */
 u32 apic_read(u32 offset);
 void apic_write(u32 offset, u32 value);
 struct vp *vp_at(u32 number);
@@ -66,6 +72,9 @@ struct vp *vp_at(u32 number);
 #define APIC_ICR_HIGH 0x310
 #define ICR_FIXED 0x4000u
 #define ICR_SELF_FIXED 0x44000u
+
+/* 10 ms with KVM's 1 GHz APIC bus divided by 16. Only its being finite matters: it bounds every wait. */
+#define WATCHDOG_PERIOD 625000u
 
 static inline struct vp *this_vp(void)
 {
@@ -90,6 +99,7 @@ extern u8 hypercall_page[PAGE_SIZE];
 extern u8 scratch[2 * PAGE_SIZE];
 u64 hypercall(u64 control, u64 input, u64 output);
 void hypercall_enable(void);
+u64 hypercall_xmm(u64 control, u64 input, u64 output, const u64 xmm[12]); /* fast, with XMM0 to XMM5 */
 u32 status_of(u64 control, u64 input, u64 output); /* the result's status only */
 void expect_not_offered(const char *name, const char *section, u64 control);
 
@@ -100,6 +110,19 @@ void message_done(struct message *slot);
 void synic_enable(void); /* pages and SCONTROL of this VP; all SINTs masked */
 void synic_disable(void);
 
+/* ports.c: QEMU's Hyper-V test device */
+#define TESTDEV_PORT 0x3000
+enum {
+    TESTDEV_ROUTE_CREATE = 1,
+    TESTDEV_ROUTE_DESTROY,
+    TESTDEV_SET_SINT,
+    TESTDEV_MESSAGE_CREATE,
+    TESTDEV_MESSAGE_DESTROY,
+    TESTDEV_EVENT_CREATE,
+    TESTDEV_EVENT_DESTROY,
+};
+void testdev(u32 control, u32 vp, u32 sint, u32 connection);
+
 /* time.c: 100 ns, by MSR, and by the reference TSC page. */
 #define MILLISECOND 10000u
 extern struct reference_tsc reference_tsc_page;
@@ -107,12 +130,22 @@ u64 reference_time(void);
 u64 reference_page_time(void);
 
 /* The topics, one file each. */
+void test_startvp(void);
 void test_cpuid(void);
 void test_msr(void);
 void test_hypercall(void);
+void test_ext(void);
 void test_time(void);
 void test_synic(void);
 void test_stimer(void);
+void test_ports(void);
+void test_autoeoi(void);
+void test_apic(void);
+void test_idle(void);
+void test_spinwait(void);
+void test_ipi(void);
+void test_flush(void);
+void test_registers(void);
 
 /* Halt until `condition` holds; false after `milliseconds` by the TSC. */
 #define WAIT_UNTIL(condition, milliseconds)                       \

@@ -16,15 +16,14 @@
 #define PIC_MASTER_MASK 0x21
 #define PIC_SLAVE_MASK 0xa1
 
-/* 10 ms with KVM's 1 GHz APIC bus divided by 16. Only its being finite matters: it bounds every wait. */
-#define WATCHDOG_PERIOD 625000u
-
 #define TRAMPOLINE 0x8000u /* a page that neither QEMU's nor pyvmm's loader has data on */
 
 extern u8 trampoline_start[], trampoline_end[];
 
 u32 vp_count = 1;
 u8 end_of_interrupt[256];
+volatile u32 *eoi_assist;
+u32 eois_saved;
 
 u32 apic_read(u32 offset)
 {
@@ -54,6 +53,36 @@ void vps_count(void)
     vp_count = count[0] < MAX_VPS ? count[0] : MAX_VPS;
 }
 
+/* Clears the "no EOI required" bit in one instruction, and tells whether it was set (10.3.5). */
+static bool eoi_saved(void)
+{
+    bool was_set;
+
+    __asm__ volatile("btrl $0, %1" : "=@ccc"(was_set), "+m"(*eoi_assist));
+    return was_set;
+}
+
+static void end_interrupt(u32 vector)
+{
+    switch (end_of_interrupt[vector]) {
+    case EOI_BY_NOBODY:
+        this_vp()->in_service[vector] |= apic_read(APIC_ISR + vector / 32 * 16) >> vector % 32 & 1;
+        break;
+    case EOI_BY_ASSIST:
+        if (eoi_saved()) {
+            eois_saved++;
+            break;
+        }
+        /* fall through */
+    case EOI_BY_MSR:
+        wrmsr_safe(MSR_EOI, 0);
+        break;
+    default:
+        if (vector != VECTOR_SPURIOUS)
+            apic_write(APIC_EOI, 0);
+    }
+}
+
 void on_trap(struct frame *frame)
 {
     u32 vector = (u32)frame->vector;
@@ -61,12 +90,7 @@ void on_trap(struct frame *frame)
 
     if (vector >= 32) {
         vp->interrupts[vector]++;
-        if (end_of_interrupt[vector] == EOI_BY_NOBODY)
-            vp->in_service[vector] |= apic_read(APIC_ISR + vector / 32 * 16) >> vector % 32 & 1;
-        else if (end_of_interrupt[vector] == EOI_BY_MSR)
-            wrmsr_safe(MSR_EOI, 0);
-        else if (vector != VECTOR_SPURIOUS)
-            apic_write(APIC_EOI, 0);
+        end_interrupt(vector);
         return;
     }
     if (fix_up(frame))
@@ -97,7 +121,12 @@ void vp_init(u32 number)
     apic_write(APIC_SPURIOUS, 0x100 | VECTOR_SPURIOUS);
     apic_write(APIC_TIMER_DIVIDE, 3);
     apic_write(APIC_LVT_TIMER, 1 << 17 | VECTOR_WATCHDOG);
-    apic_write(APIC_TIMER_INITIAL, WATCHDOG_PERIOD);
+    watchdog(WATCHDOG_PERIOD);
+}
+
+void watchdog(u32 period)
+{
+    apic_write(APIC_TIMER_INITIAL, period);
 }
 
 void idle(void)
@@ -105,9 +134,18 @@ void idle(void)
     __asm__ volatile("sti; hlt; cli" : : : "memory");
 }
 
+void open_window(void)
+{
+    __asm__ volatile("sti; nop; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
+}
+
+/* One of our own, of the lowest priority, comes after all that wait. */
 void take_interrupts(void)
 {
-    __asm__ volatile("sti; nop; nop; cli" : : : "memory");
+    u32 wanted = this_vp()->interrupts[VECTOR_LAST] + 1;
+
+    apic_write(APIC_ICR_LOW, ICR_SELF_FIXED | VECTOR_LAST);
+    WAIT_UNTIL(this_vp()->interrupts[VECTOR_LAST] == wanted, PATIENCE);
 }
 
 struct vp *vp_at(u32 number)
@@ -115,8 +153,7 @@ struct vp *vp_at(u32 number)
     return (struct vp *)vp_stacks[number];
 }
 
-/* An AP's life: jobs that the first VP gives it. */
-void vp_main(void);
+/* Jobs that the first VP gives. */
 void vp_main(void)
 {
     struct vp *vp = this_vp();
