@@ -23,7 +23,9 @@ enum {
 	PORT_POST_CODE = 0x80, // written as a short delay too
 	PORT_IO_DELAY = 0xed,
 
-	INTERRUPT_RETRY = 1000, // 100 us: how often to look whether the guest can take an auto-EOI interrupt
+	// How long to wait, in 100 ns, before looking again whether the guest can take an auto-EOI interrupt.
+	FIRST_RETRY = 1000,
+	LONGEST_RETRY = 8000,
 };
 
 static _Thread_local VpObject *current_vp;
@@ -79,9 +81,18 @@ static void scan(VpObject *self)
 {
 	uint64_t now = hot_reference_now(self->reference);
 	uint64_t deadline = hot_synic_scan(self->synic, now);
-	self->interrupt_waits = !hot_vp_inject(self);
-	if (self->interrupt_waits && (!deadline || deadline > now + INTERRUPT_RETRY))
-		deadline = now + INTERRUPT_RETRY;
+	if (hot_vp_inject(self)) {
+		self->retry_time = 0;
+	} else {
+		if (!self->retry_time || now >= self->retry_time) {
+			self->retry_wait = self->retry_time ? 2 * self->retry_wait : FIRST_RETRY;
+			if (self->retry_wait > LONGEST_RETRY)
+				self->retry_wait = LONGEST_RETRY;
+			self->retry_time = now + self->retry_wait;
+		}
+		if (!deadline || deadline > self->retry_time)
+			deadline = self->retry_time;
+	}
 	if (deadline == atomic_load(&self->timer_deadline))
 		return;
 	atomic_store(&self->timer_deadline, deadline);
@@ -235,7 +246,7 @@ enum outcome {
 static enum outcome step(VpObject *self, struct gil *gil)
 {
 	struct kvm_run *run = self->run;
-	if (atomic_exchange(&self->scan_requested, false) || self->interrupt_waits)
+	if (atomic_exchange(&self->scan_requested, false) || self->retry_time)
 		scan(self);
 	atomic_store(&self->in_guest, true);
 	hot_vp_flush_tlb(self);

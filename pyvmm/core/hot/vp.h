@@ -69,7 +69,8 @@ struct VpObject {
 
 	timer_t timer; // exists while the VP runs
 	_Atomic uint64_t timer_deadline; // 0 while it is not armed
-	bool interrupt_waits; // an auto-EOI interrupt that the guest cannot take yet
+	uint64_t retry_time; // when to look again whether the guest can take an auto-EOI interrupt; 0 if none waits
+	uint64_t retry_wait;
 
 	// Whoever wants the TLB flushed draws a ticket; the VP's own thread flushes before it next enters the guest.
 	atomic_bool in_guest;
