@@ -8,6 +8,7 @@ from enlightenments.catalog import ENLIGHTENMENTS, msr_bitmap
 from enlightenments.cpuid import LAST_LEAF, hypervisor_leaves
 from enlightenments.selection import Selection
 from enlightenments.tlfs import INVALID_HYPERCALL_CODE, MSR_BASE, MSR_COUNT
+from guests.conformance import tests as kit
 from tests.docs.absent import BITS, HYPERCALLS, MSRS
 from tests.docs.enlightenments import PAGE, ROOT, TESTS, updated
 from tests.fakes.partition import Vm
@@ -23,6 +24,7 @@ def test_the_page_is_what_the_catalogue_makes_it() -> None:
 
 def test_every_enlightenment_names_tests_that_are_there() -> None:
     assert list(TESTS) == list(ENLIGHTENMENTS)
+    assert {topic for topics, _ in TESTS.values() for topic in topics} == set(kit.topics())
     for name, (topics, files) in TESTS.items():
         assert topics or files, name
         for file in files:
