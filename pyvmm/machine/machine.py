@@ -20,15 +20,14 @@ from pyvmm.core.kvm import abi
 from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.kvm.system import System
 from pyvmm.core.memory import GuestMemory
+from pyvmm.machine.guest_memory import load_guest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from devices.storage.backend import Disk
     from enlightenments.selection import Selection
-    from pyvmm.boot.entry import EntryState
     from pyvmm.core.kvm.vp import Vp
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.config import DiskConfig, VmConfig
@@ -89,7 +88,7 @@ class Machine:
         try:
             self._open_disks()
             self.memory = GuestMemory(config.memory, config.huge_pages)
-            self._entry = self._load()
+            self._entry = load_guest(self.memory, self.config, self._vmbus)
             with System() as system:
                 self._create_vm(system)
                 self._assemble(system, chosen)
@@ -213,28 +212,6 @@ class Machine:
         )
         self.partition.add_vp(hot)
         return vp, hot
-
-    def _load(self) -> EntryState:
-        config = self.config
-        if config.firmware is not None:
-            from pyvmm.boot.firmware import load_firmware
-
-            return load_firmware(self.memory, config.firmware)
-        import uuid
-
-        from pyvmm.boot.acpi.tables import build_acpi
-        from pyvmm.boot.kernel import load_kernel
-        from pyvmm.boot.smbios import build_smbios
-
-        assert config.kernel is not None
-        entry = load_kernel(self.memory, config.kernel, config.initrd, config.cmdline)
-        identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{config.name}.pyvmm").bytes_le
-        for gpa, table in (
-            *build_acpi(self.memory.top, config.cpus, vmbus=self._vmbus),
-            *build_smbios(self.memory.ram_ranges(), config.cpus, identity),
-        ):
-            self.memory.write(gpa, table)
-        return entry
 
     # What happens on VP threads --------------------------------------------------------------------
 
@@ -380,7 +357,7 @@ class Machine:
             self._vm.set_state(self._power_on_vm)
             for processor, state in zip(self.processors, self._power_on, strict=True):
                 processor.vp.set_state(state)
-            self._entry = self._load()
+            self._entry = load_guest(self.memory, self.config, self._vmbus)
             self.processors[0].enter(self._entry)
             if self._state == "running":  # a paused VM starts again when it is resumed
                 self._release()
@@ -485,23 +462,17 @@ class Machine:
 
     def inspect(self) -> dict[str, Any]:
         """The whole VM as a JSON tree."""
+        from pyvmm.machine.counts import exits_by_name, total_counts
+
         vps = [processor.hot.counts() for processor in self.processors]
         return {
             "name": self.config.name,
             "state": self._state,
             "cpus": self.config.cpus,
             "memory": self.config.memory,
-            "exits": _sum(vps, "exits", _exit_name),
-            "msrs": {key: _sum(vps, key, tlfs.msr_name) for key in ("msr_reads", "msr_writes")},
-            "hypercalls": {
-                **_sum(vps, "hypercalls", tlfs.hypercall_name),
-                "unknown": sum(counts["hypercalls_unknown"] for counts in vps),
-            },
+            **total_counts(vps),
             "vps": [
-                {
-                    "exits": {_exit_name(reason): count for reason, count in counts["exits"].items()},
-                    "registers": registers,
-                }
+                {"exits": exits_by_name(counts), "registers": registers}
                 for counts, registers in zip(vps, self._registers(), strict=True)
             ],
             "partition": self.partition.inspect(),
@@ -534,16 +505,3 @@ class Machine:
             return [processor.registers() for processor in self.processors] if parked else unknown
         finally:
             self._lifecycle.release()
-
-
-def _exit_name(reason: int) -> str:
-    return abi.EXIT_NAMES.get(reason, str(reason))
-
-
-def _sum(vps: list[dict[str, Any]], key: str, name_of: Callable[[int], str]) -> dict[str, int]:
-    """What all VPs counted under `key`, by name, in the order of the numbers."""
-    total: dict[int, int] = {}
-    for counts in vps:
-        for number, count in counts[key].items():
-            total[number] = total.get(number, 0) + count
-    return {name_of(number): total[number] for number in sorted(total)}
