@@ -237,7 +237,7 @@ _ALL = (
     Enlightenment(
         "tlbflush",
         "TLB flushes of other VPs by hypercall",
-        gain="no VP needs to wake for one; with two busy VPs IPIs are often faster",
+        gain="one call instead of an interrupt and an EOI for each target",
         source="TLFS 9.4.2 to 9.4.5",
         bits=((RECOMMENDATIONS, "eax", 2), (RECOMMENDATIONS, "eax", 11)),
         hypercalls=(HVCALL_FLUSH_SPACE, HVCALL_FLUSH_LIST, HVCALL_FLUSH_SPACE_EX, HVCALL_FLUSH_LIST_EX),
