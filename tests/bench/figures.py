@@ -51,6 +51,13 @@ class Figure:
             return None
         return statistics.median(a / b for a, b in zip(self.ours.values, self.rival.values, strict=True))
 
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """How often a second ours and the rival's happen, of a figure that has a rival and is in microseconds each."""
+        if self.rival is None or self.unit != "us":
+            return None
+        return 1e6 / self.ours.median, 1e6 / self.rival.median
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
@@ -60,5 +67,6 @@ class Figure:
             "rival": self.rival.summary() if self.rival else None,
             "ratio": self.ratio,
             "pair_ratio": self.pair_ratio,
+            "per_second": self.rates,
             "limit": self.limit,
         }

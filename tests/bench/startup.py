@@ -17,6 +17,7 @@ _RESET_VECTOR = _ROM_SIZE - 16
 _CODE = bytes((0xB0, 0x10, 0xE6, 0xF4, 0xF4))
 _STATUS = 0x10 << 1 | 1
 _WARM_UP = 3
+_TITLES = (("start-up: whole run", "ms"), ("start-up: CPU time", "ms"), ("start-up: peak memory", "MiB"))
 
 
 def measure(folder: Path, rounds: int) -> list[Figure]:
@@ -45,7 +46,7 @@ def measure(folder: Path, rounds: int) -> list[Figure]:
             if number >= _WARM_UP:
                 runs[name].append((nanoseconds / 1e6, cpu_microseconds / 1e3, peak_kib / 1024))
     figures = []
-    for column, (title, unit) in enumerate((("whole run", "ms"), ("its CPU time", "ms"), ("its peak memory", "MiB"))):
+    for column, (title, unit) in enumerate(_TITLES):
         samples = [Samples(name, tuple(run[column] for run in taken)) for name, taken in runs.items()]
         figures.append(Figure(title, unit, samples[0], samples[1], None if column == 1 else 1.0))
     return figures

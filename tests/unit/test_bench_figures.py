@@ -20,9 +20,15 @@ def test_ratios_are_of_the_medians_and_of_neighbours() -> None:
     assert figure.pair_ratio == 1 / 2
 
 
+def test_microseconds_against_a_rival_are_rates_too() -> None:
+    figure = Figure("f", "us", Samples("pyvmm", (8, 8, 9)), Samples("bare C", (4, 5, 6)), 1.3)
+    assert figure.rates == (125_000, 200_000)
+    assert Figure("f", "ms", figure.ours, figure.rival).rates is None
+
+
 def test_a_figure_without_rival_has_no_ratio() -> None:
     figure = Figure("f", "us", Samples("pyvmm", (3, 1)))
-    assert (figure.ratio, figure.pair_ratio) == (None, None)
+    assert (figure.ratio, figure.pair_ratio, figure.rates) == (None, None, None)
     assert json.loads(json.dumps(figure.as_dict()))["ours"] == {
         "name": "pyvmm",
         "median": 2,
