@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.boot.entry import BootError
-from pyvmm.boot.image import put_segment
+from pyvmm.boot.image import Image, put_segment
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,26 +57,27 @@ _FORMATS = {
 _PT_LOAD = 1
 
 
-def load_elf(memory: GuestMemory, file: BinaryIO, name: str, bits: int = 64) -> tuple[int, int]:
-    """Load the PT_LOAD segments of `file`; return the physical entry address and the first address above the image.
+def load_elf(memory: GuestMemory, file: BinaryIO, name: str, bits: int = 64) -> Image:
+    """Load the PT_LOAD segments of `file`.
 
-    `bits`, 32 or 64, is the class that the file must have. Bytes of a segment that are not in the file are zeroed, so
-    that loading over a used guest works too. An entry point given as a virtual address is translated by its segment.
-    Raises BootError naming `name` if the file is no such executable or does not fit into guest RAM from 1 MiB on.
+    `bits`, 32 or 64, is the class that the file must have; a 32-bit one may stand below 1 MiB. Bytes of a segment that
+    are not in the file are zeroed, so that loading over a used guest works too. An entry point given as a virtual
+    address is translated by its segment.
+    Raises BootError naming `name` if the file is no such executable or does not fit into guest RAM.
     """
     entry, segments = _parse(file, name, _FORMATS[bits])
     if sum(memsz for _, _, _, _, memsz in segments) > memory.size:
         raise BootError(f"{name}: its ELF segments need more than {memory.size >> 20} MiB of guest memory")
-    end = 0
     for offset, _, paddr, filesz, memsz in segments:
-        put_segment(memory, file, name, offset, filesz, paddr, memsz)
-        end = max(end, paddr + memsz)
+        put_segment(memory, file, name, offset, filesz, paddr, memsz, low=bits == 32)
+    start = min(paddr for _, _, paddr, _, _ in segments)
+    end = max(paddr + memsz for _, _, paddr, _, memsz in segments)
     for _, _, paddr, _, memsz in segments:
         if paddr <= entry < paddr + memsz:
-            return entry, end
+            return Image(entry, start, end)
     for _, vaddr, paddr, _, memsz in segments:
         if vaddr <= entry < vaddr + memsz:
-            return entry - vaddr + paddr, end
+            return Image(entry - vaddr + paddr, start, end)
     raise BootError(f"{name}: the ELF entry point {entry:#x} lies in none of its segments")
 
 

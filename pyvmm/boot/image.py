@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.boot.entry import BootError
-from pyvmm.boot.layout import HIGH_MEMORY
+from pyvmm.boot.layout import EBDA_START, HIGH_MEMORY
 from pyvmm.core.memory import GuestMemoryError
 
 TYPE_CHECKING = False
@@ -17,15 +17,30 @@ if TYPE_CHECKING:
 _ZEROS = bytes(1 << 20)
 
 
-def put_segment(memory: GuestMemory, file: BinaryIO, name: str, offset: int, filesz: int, gpa: int, memsz: int) -> None:
+class Image:
+    """A loaded program: its entry point, its first address and the first one above it, all guest physical."""
+
+    __slots__ = ("end", "entry", "start")
+
+    def __init__(self, entry: int, start: int, end: int) -> None:
+        self.entry = entry
+        self.start = start
+        self.end = end
+
+
+def put_segment(
+    memory: GuestMemory, file: BinaryIO, name: str, offset: int, filesz: int, gpa: int, memsz: int, *, low: bool
+) -> None:
     """Copy `filesz` bytes at `offset` of `file` to `gpa` and zero what follows them, up to `memsz` bytes.
 
-    Raises BootError naming `name` if they are not all in the file or there is no RAM from 1 MiB on for them.
+    Raises BootError naming `name` if they are not all in the file or there is no RAM for them. With `low` set they may
+    also stand below 1 MiB, in what the memory map calls usable.
     """
     if filesz > memsz or offset + filesz > file.seek(0, 2):
         raise BootError(f"{name}: truncated file, the segment for {gpa:#x} is not all there")
-    if gpa < HIGH_MEMORY:
-        raise BootError(f"{name}: has a segment for {gpa:#x}, but programs are loaded from 1 MiB on")
+    if gpa < HIGH_MEMORY and not (low and gpa + memsz <= EBDA_START):
+        where = f"up to {EBDA_START:#x} and from 1 MiB on" if low else "from 1 MiB on"
+        raise BootError(f"{name}: has a segment for {gpa:#x}-{gpa + memsz:#x}, but programs are loaded {where}")
     try:
         view = memory.view(gpa, memsz, write=True)
     except GuestMemoryError:

@@ -81,13 +81,13 @@ def load_linux(
     start = file.read(_HEADER_END)
     if start.startswith(elf.MAGIC):
         params = _params_of_elf()
-        entry, end = elf.load_elf(memory, file, name)
+        image = elf.load_elf(memory, file, name)
     else:
-        params, image = _read_bzimage(file, name, start, memory.size)
-        entry, end = elf.load_elf(memory, io.BytesIO(image), name)
+        params, vmlinux = _read_bzimage(file, name, start, memory.size)
+        image = elf.load_elf(memory, io.BytesIO(vmlinux), name)
     _put_cmdline(memory, params, name, cmdline)
     if initrd is not None:
-        _put_initrd(memory, params, initrd, end, low_end)
+        _put_initrd(memory, params, initrd, image.end, low_end)
     entries = e820(memory)
     params[_E820_ENTRIES] = len(entries)
     for index, entry_of_map in enumerate(entries):
@@ -100,7 +100,7 @@ def load_linux(
     memory.write(PAGE_TABLES_ADDRESS, _identity_map())
     return EntryState(
         "long64",
-        rip=entry,
+        rip=image.entry,
         rsi=BOOT_PARAMS_ADDRESS,
         rsp=STACK_TOP,
         cr3=PAGE_TABLES_ADDRESS,

@@ -12,7 +12,7 @@ import struct
 
 from pyvmm.boot import elf
 from pyvmm.boot.entry import BootError, EntryState
-from pyvmm.boot.image import put_file, put_segment
+from pyvmm.boot.image import Image, put_file, put_segment
 from pyvmm.boot.layout import EBDA_START, HIGH_MEMORY, e820
 from pyvmm.core.memory import PAGE_SIZE
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from pyvmm.core.memory import GuestMemory
 
-#: Where the boot information and all that it points to stand, in memory that the map calls usable. The GDT is at its
-#: start, and a stack grows down from there.
+#: Where the boot information and all that it points to stand, in memory that the map calls usable; behind the kernel if
+#: that is there already. The GDT is at the start, and a stack grows down from the end.
 INFO_ADDRESS = 0x1_0000
-_INFO_LIMIT = 0x1_0000
+_INFO_SIZE_LIMIT = 0x1_0000
+_STACK_SIZE = 0x1000
 
 #: What the kernel finds in EAX.
 LOADER_MAGIC = 0x2BAD_B002
@@ -97,34 +98,39 @@ def load_multiboot(
     if unknown := header.flags & _REQUIREMENTS & ~_KNOWN_REQUIREMENTS:
         raise BootError(f"{name}: its Multiboot header requires features that are not here (flags {unknown:#x})")
     if header.has_addresses:
-        entry, end = _load_by_addresses(memory, file, name, header)
+        image = _load_by_addresses(memory, file, name, header)
     elif head.startswith(elf.MAGIC):
-        entry, end = elf.load_elf(memory, file, name, 32)
+        image = elf.load_elf(memory, file, name, 32)
     else:
         raise BootError(f"{name}: no ELF file, and its Multiboot header has no addresses either")
+    base = INFO_ADDRESS
+    if image.start < base + _INFO_SIZE_LIMIT and image.end > base:
+        base = _next_page(image.end)
+    if base + _INFO_SIZE_LIMIT > (EBDA_START if base < HIGH_MEMORY else low_end):
+        raise BootError(f"{name}: leaves no room for the boot information at {base:#x}")
     modules = []
     if initrd is not None:
-        start, size = put_file(memory, initrd, lambda size: _place_module(initrd, size, end, low_end))
+        free = max(image.end, base + _INFO_SIZE_LIMIT, HIGH_MEMORY)
+        start, size = put_file(memory, initrd, lambda size: _place_module(initrd, size, free, low_end))
         modules.append((start, start + size, os.fsencode(initrd)))
-    info = _GDT + _boot_information(
-        INFO_ADDRESS + len(_GDT), e820(memory), low_end, os.fsencode(f"{name} {cmdline}"), modules
-    )
-    if len(info) > _INFO_LIMIT:
+    info_address = base + len(_GDT)
+    info = _boot_information(info_address, e820(memory), low_end, os.fsencode(f"{name} {cmdline}"), modules)
+    if len(_GDT) + len(info) > _INFO_SIZE_LIMIT - _STACK_SIZE:
         raise BootError(f"{name}: the command line of {len(cmdline)} characters is too long")
-    memory.write(INFO_ADDRESS, info)
+    memory.write(base, _GDT + info)
     return EntryState(
         "protected32",
-        rip=entry,
+        rip=image.entry,
         rax=LOADER_MAGIC,
-        rbx=INFO_ADDRESS + len(_GDT),
-        rsp=INFO_ADDRESS,
-        gdt_base=INFO_ADDRESS,
+        rbx=info_address,
+        rsp=base + _INFO_SIZE_LIMIT,
+        gdt_base=base,
         gdt_limit=len(_GDT) - 1,
     )
 
 
-def _load_by_addresses(memory: GuestMemory, file: BinaryIO, name: str, header: Header) -> tuple[int, int]:
-    """Load the file as the header's address fields say; return the entry address and the first one above the image."""
+def _load_by_addresses(memory: GuestMemory, file: BinaryIO, name: str, header: Header) -> Image:
+    """Load the file as the header's address fields say."""
     header_addr, load_addr, load_end, bss_end, entry = header.addresses
     offset = header.offset - (header_addr - load_addr)
     length = load_end - load_addr if load_end else file.seek(0, 2) - offset
@@ -133,16 +139,19 @@ def _load_by_addresses(memory: GuestMemory, file: BinaryIO, name: str, header: H
         raise BootError(f"{name}: the addresses in its Multiboot header contradict each other")
     if not load_addr <= entry < end:
         raise BootError(f"{name}: its entry point {entry:#x} lies outside {load_addr:#x}-{end:#x}")
-    put_segment(memory, file, name, offset, length, load_addr, end - load_addr)
-    return entry, end
+    put_segment(memory, file, name, offset, length, load_addr, end - load_addr, low=True)
+    return Image(entry, load_addr, end)
 
 
-def _place_module(path: str | os.PathLike[str], size: int, kernel_end: int, low_end: int) -> int:
-    gpa = (kernel_end + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+def _place_module(path: str | os.PathLike[str], size: int, free: int, low_end: int) -> int:
+    gpa = _next_page(free)
     if gpa + size > low_end:
-        room = f"between the kernel's end at {kernel_end:#x} and {low_end:#x}"
-        raise BootError(f"{path}: a module of {size >> 20} MiB does not fit {room}")
+        raise BootError(f"{path}: a module of {size >> 20} MiB does not fit between {gpa:#x} and {low_end:#x}")
     return gpa
+
+
+def _next_page(gpa: int) -> int:
+    return (gpa + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
 
 
 def _boot_information(

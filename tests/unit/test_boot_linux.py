@@ -282,7 +282,10 @@ def patched(image: bytes, offset: int, layout: str, *values: int) -> bytes:
         (kernel_elf()[:100], "truncated or broken ELF program headers"),
         (kernel_elf()[:-1], "truncated file, the segment for 0x1200000 is not all there"),
         (patched(kernel_elf(), 0x20, "<Q", (1 << 64) - 1), "truncated or broken ELF program headers"),
-        (make_elf([(0, 0x9000, b"x", 1)], 0x9000), "has a segment for 0x9000, but programs are loaded from 1 MiB on"),
+        (
+            make_elf([(0, 0x9000, b"x", 1)], 0x9000),
+            "has a segment for 0x9000-0x9001, but programs are loaded from 1 MiB on",
+        ),
         (make_elf([(0, MIB, b"xx", 1)], MIB), "truncated file"),
         (make_elf([(0, MIB, b"x", 40 * MIB)] * 2, MIB), "its ELF segments need more than 64 MiB of guest memory"),
         (

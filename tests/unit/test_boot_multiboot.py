@@ -121,7 +121,7 @@ def test_a_module_that_does_not_fit_is_named(load: Any, tmp_path: Path) -> None:
     module = tmp_path / "big"
     module.write_bytes(bytes(4 * MIB))
     load(kernel(), size=9 * MIB, initrd=str(module))
-    with pytest.raises(BootError, match=r"big: a module of 4 MiB does not fit between the kernel's end at 0x40a001"):
+    with pytest.raises(BootError, match=r"big: a module of 4 MiB does not fit between 0x40b000 and 0x800000"):
         load(kernel(), size=8 * MIB, initrd=str(module))
 
 
@@ -189,7 +189,11 @@ def test_64_bit_kernels_and_bzimages_keep_to_linuxs_protocol(load: Any) -> None:
         (by_addresses(BASE, BASE, BASE + 100, BASE + 99, BASE), "contradict each other"),
         (by_addresses(BASE, BASE, 0, 0, BASE - 1), "its entry point 0x3fffff lies outside"),
         (by_addresses(BASE, BASE, BASE + 0x1000, 0, BASE), "truncated file, the segment for 0x400000"),
-        (by_addresses(0x8000, 0x8000, 0, 0, 0x8000), "a segment for 0x8000, but programs are loaded from 1 MiB on"),
+        (
+            by_addresses(0x9F000, 0x9F000, 0, 0x9FC01, 0x9F000),
+            "a segment for 0x9f000-0x9fc01, but programs are loaded up to 0x9fc00 and from 1 MiB on",
+        ),
+        (by_addresses(0x18000, 0x18000, 0, 0x98000, 0x18000), "leaves no room for the boot information at 0x98000"),
         (by_addresses(BASE, BASE, 0, GIB, BASE), "needs RAM at 0x400000-0x40000000, guest memory is 64 MiB"),
     ],
 )
@@ -200,6 +204,34 @@ def test_what_cannot_be_booted_gets_one_line_that_says_why(
         load(image)
     assert str(caught.value).startswith(f"{tmp_path / 'kernel'}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_may_stand_below_1_mib_and_the_information_makes_room(load: Any, tmp_path: Path) -> None:
+    module = tmp_path / "module"
+    module.write_bytes(b"module")
+    for start, size in ((0x8000, 0x8000), (0x8000, 0x8001), (0x1FFFF, 0x1000), (0x20000, 0x7FC00)):
+        code = make_multiboot_header() + b"\xcc" * 50
+        loaded = load(make_elf([(0, start, code, size)], start + 12, machine=3, elf_class=1), initrd=str(module))
+        assert loaded.entry.rip == start + 12
+        assert loaded.memory.read(start, size) == code.ljust(size, b"\0")
+        low, high = loaded.entry.gdt_base, loaded.entry.rsp
+        assert high <= start or low >= start + size
+        assert high <= 0x9FC00
+        assert low <= loaded.entry.rbx < loaded.field(64) < high - 4096
+        assert loaded.words(loaded.field(24), 1)[0] >= MIB
+
+
+def test_a_kernel_on_both_sides_of_1_mib_has_the_information_behind_it(load: Any, tmp_path: Path) -> None:
+    module = tmp_path / "module"
+    module.write_bytes(b"module")
+    code = make_multiboot_header() + CODE
+    segments = [(0, 0x1000, code, 0x90000), (0, 2 * MIB, b"high", 0x1001)]
+    image = make_elf(segments, 0x100C, machine=3, elf_class=1)
+    loaded = load(image, initrd=str(module))
+    assert loaded.entry.gdt_base == 2 * MIB + 0x2000
+    assert loaded.words(loaded.field(24), 1)[0] >= loaded.entry.rsp
+    with pytest.raises(BootError, match="no room for the boot information"):
+        load(image, size=2 * MIB + 0x11000)
 
 
 def test_the_command_line_has_a_limit(load: Any) -> None:
@@ -248,4 +280,4 @@ def test_broken_headers_never_raise_anything_else(tmp_path_factory: Any, data: s
         entry = load_kernel(SMALL_MEMORY, str(path), None, "x")
     except BootError:
         return
-    assert MIB <= entry.rip < 4 * MIB
+    assert entry.rip < 0x9FC00 or MIB <= entry.rip < 4 * MIB
