@@ -10,7 +10,7 @@ from pathlib import Path
 from guests.bare.build import BuildError
 from guests.bare.run import Run
 from guests.conformance.build import WIDTHS, build
-from guests.conformance.run import run_pyvmm, run_qemu
+from guests.conformance.run import pyvmm_command, qemu_command, run_command
 from guests.conformance.tests import topics
 
 
@@ -66,12 +66,14 @@ def main() -> int:
         print(elf)
         return 0
     with tempfile.TemporaryDirectory(prefix="pyvmm-kit-") as work:
+        console = Path(work) / "com1.txt"
         if options.qemu:
-            result = run_qemu(elf, Path(work), cpus=options.cpus, topics=options.topics)
+            command = qemu_command(elf, console, cpus=options.cpus, topics=options.topics)
         else:
-            result = run_pyvmm(
-                elf, Path(work), cpus=options.cpus, topics=options.topics, enlightenments=options.enlightenments
+            command = pyvmm_command(
+                elf, console, cpus=options.cpus, topics=options.topics, enlightenments=options.enlightenments
             )
+        result = run_command(command, console)
     if result.report.findings:
         _show(result, options.all)
     if result.stderr:

@@ -100,11 +100,15 @@ static void pages(void)
     expect_equal("synic.siefp", "11.8.3", rdmsr(MSR_SIEFP), address_of(events) | 1);
     expect_equal("synic.simp_zeroed", "11.9", all_zero(messages, PAGE_SIZE), 1);
     expect_equal("synic.siefp_zeroed", "11.9", all_zero(events, PAGE_SIZE), 1);
-    /* Pages that nobody sees: the write may be taken or refused, and what stood there stays usable. */
-    wrmsr_safe(MSR_SIMP, BEYOND_GPA_SPACE | 1);
-    wrmsr_safe(MSR_SIEFP, BEYOND_GPA_SPACE | 1);
-    synic_enable();
-    expect_equal("synic.simp_after_beyond_gpa_space", "11.8.4", rdmsr(MSR_SIMP), address_of(messages) | 1);
+    if (has_word("qemu")) {
+        skip("synic.simp_after_beyond_gpa_space", "11.8.4", "QEMU aborts");
+    } else {
+        /* Pages that nobody sees: the write may be taken or refused, and what stood there stays usable. */
+        wrmsr_safe(MSR_SIMP, BEYOND_GPA_SPACE | 1);
+        wrmsr_safe(MSR_SIEFP, BEYOND_GPA_SPACE | 1);
+        synic_enable();
+        expect_equal("synic.simp_after_beyond_gpa_space", "11.8.4", rdmsr(MSR_SIMP) == (address_of(messages) | 1), 1);
+    }
     synic_disable();
     expect_equal("synic.simp_disabled", "11.8.4", rdmsr(MSR_SIMP), 0);
 }

@@ -8,9 +8,15 @@ import pytest
 
 from guests.bare.run import Run
 from guests.conformance.build import WIDTHS, build
-from guests.conformance.run import run_pyvmm
+from guests.conformance.run import pyvmm_command, run_command
 
 pytestmark = pytest.mark.kvm
+
+
+def run_kit(work: Path, bits: int, cpus: int, topics: str = "", enlightenments: str = "full") -> Run:
+    console = work / "com1.txt"
+    command = pyvmm_command(build(bits), console, cpus=cpus, topics=topics, enlightenments=enlightenments)
+    return run_command(command, console)
 
 
 def assert_good(result: Run) -> None:
@@ -22,7 +28,7 @@ def assert_good(result: Run) -> None:
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("cpus", [1, 4])
 def test_all_that_is_offered_conforms(tmp_path: Path, bits: int, cpus: int) -> None:
-    result = run_pyvmm(build(bits), tmp_path, cpus=cpus)
+    result = run_kit(tmp_path, bits, cpus)
     assert_good(result)
     if cpus > 1:
         assert [finding.full_name for finding in result.report.of("skip")] == []
@@ -33,10 +39,10 @@ def test_all_that_is_offered_conforms(tmp_path: Path, bits: int, cpus: int) -> N
     "enlightenments", ["full,+tlbflush,+tlbflush-ext,+ipi", "windows-server-2008", "full,-stimer", "minimal", "none"]
 )
 def test_each_profile_offers_what_works_and_no_more(tmp_path: Path, bits: int, enlightenments: str) -> None:
-    assert_good(run_pyvmm(build(bits), tmp_path, cpus=2, enlightenments=enlightenments))
+    assert_good(run_kit(tmp_path, bits, 2, enlightenments=enlightenments))
 
 
 def test_topics_can_be_chosen(tmp_path: Path) -> None:
-    result = run_pyvmm(build(64), tmp_path, cpus=1, topics="synic,time")
+    result = run_kit(tmp_path, 64, 1, topics="synic,time")
     assert_good(result)
     assert {finding.topic for finding in result.report.findings} == {"kit", "synic", "time"}

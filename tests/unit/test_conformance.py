@@ -12,6 +12,9 @@ from guests.bare.report import parse
 from guests.conformance import tests as kit
 from guests.conformance.build import SOURCE, WIDTHS, build
 from tests.fakes.objdump import lacking_instructions
+from tests.lab import conformance_differences as differences
+
+ROOT = Path(__file__).parents[2]
 
 #: The last section of each TLFS v6.0b chapter that the kit names.
 LAST_SECTION = {2: 6, 3: 14, 4: 3, 5: 2, 7: 10, 8: 13, 9: 4, 10: 5, 11: 11, 12: 7, 13: 3, 14: 5, 16: 14}
@@ -42,6 +45,13 @@ def test_a_skipped_test_is_no_problem_and_is_counted() -> None:
     assert report.problem is None
     assert [finding.note for finding in report.of("skip")] == ["7.9.1 not offered"]
     assert parse("kit", "kit: done 0 0 1\n").problem == "the kit counted 0 good, 0 bad and 1 skipped, 0 arrived"
+
+
+def test_each_explained_difference_is_one_of_the_kits_and_stands_in_the_documentation() -> None:
+    assert set(differences.explained()) <= set(kit.sections())
+    assert sum(len(entry.tests) for entry in differences.DIFFERENCES) == len(differences.explained())
+    assert {entry.right for entry in differences.DIFFERENCES} <= {"both", "pyvmm", "QEMU"}
+    assert differences.table() in (ROOT / "docs/conformance.md").read_text()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
