@@ -4,6 +4,7 @@
 #define NO_SUCH_CONNECTION 0xabcdef
 #define BEYOND_GPA_SPACE 0xfffffffffff000ull
 
+bool xmm_kept;
 u8 scratch[2 * PAGE_SIZE] __attribute__((aligned(4096)));
 
 void hypercall_enable(void)
@@ -12,20 +13,26 @@ void hypercall_enable(void)
     wrmsr_safe(MSR_HYPERCALL, address_of(hypercall_page) | 1);
 }
 
-/* KVM's emulator knows no moves to XMM registers, but it knows FXRSTOR. */
+struct fx_state {
+    u16 control, status, tag, opcode;
+    u64 instruction, operand;
+    u32 mxcsr, mxcsr_mask;
+    u64 x87[16];
+    u64 xmm[44];
+} __attribute__((aligned(16)));
+
+/* KVM's emulator knows no moves to XMM registers, but it knows FXRSTOR and FXSAVE. */
 u64 hypercall_xmm(u64 control, u64 input, u64 output, const u64 xmm[12])
 {
-    static struct {
-        u16 control, status, tag, opcode;
-        u64 instruction, operand;
-        u32 mxcsr, mxcsr_mask;
-        u64 x87[16];
-        u64 xmm[44];
-    } state __attribute__((aligned(16))) = {.control = 0x37f, .mxcsr = 0x1f80};
+    static struct fx_state before = {.control = 0x37f, .mxcsr = 0x1f80}, after;
+    u64 result;
 
-    memcpy(state.xmm, xmm, 12 * sizeof(*xmm));
-    __asm__ volatile("fxrstor %0" : : "m"(state));
-    return hypercall(control, input, output);
+    memcpy(before.xmm, xmm, 12 * sizeof(*xmm));
+    __asm__ volatile("fxrstor %0" : : "m"(before));
+    result = hypercall(control, input, output);
+    __asm__ volatile("fxsave %0" : "=m"(after));
+    xmm_kept = !memcmp(after.xmm, xmm, 12 * sizeof(*xmm));
+    return result;
 }
 
 u32 status_of(u64 control, u64 input, u64 output)
@@ -65,6 +72,16 @@ static void unknown_codes(void)
     }
     expect_equal("hypercall.unknown_codes", "3.12.3", first_wrong, 0);
     expect_equal("hypercall.unknown_codes_fast", "3.12.3", fast_wrong, 0);
+}
+
+static void registers(void)
+{
+    u64 here = address_of(scratch);
+
+    expect_equal("hypercall.registers_kept", "3.9", hypercall_changes(CALL_SIGNAL_EVENT, here, here + PAGE_SIZE), 0);
+    expect_equal("hypercall.registers_kept_fast", "3.9",
+                 hypercall_changes(CALL_SIGNAL_EVENT | CALL_FAST, 0x123456789abcdef0, 0xfedcba987654321), 0);
+    expect_equal("hypercall.registers_kept_unknown", "3.9", hypercall_changes(0x3fff, ~0ull, ~0ull), 0);
 }
 
 static void post_message(void)
@@ -142,6 +159,7 @@ void test_hypercall(void)
         return;
     hypercall_enable();
     unknown_codes();
+    registers();
     if (privileges_ebx & EBX_POST_MESSAGES)
         post_message();
     else

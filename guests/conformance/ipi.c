@@ -99,6 +99,7 @@ static void by_set(void)
         count(before);
         expect_equal("ipi.ex_xmm", "3.7.2", hypercall_xmm(sparse | CALL_FAST, VECTOR, VP_SET_SPARSE, banks) & 0xffff,
                      STATUS_SUCCESS);
+        expect_equal("ipi.ex_xmm_kept", "3.9", xmm_kept, 1);
         expect_equal("ipi.ex_xmm_arrives", "3.7.2", arrivals(before, everybody()), vp_count);
     }
     count(before);

@@ -99,6 +99,8 @@ extern u8 hypercall_page[PAGE_SIZE];
 extern u8 scratch[2 * PAGE_SIZE];
 u64 hypercall(u64 control, u64 input, u64 output);
 void hypercall_enable(void);
+u32 hypercall_changes(u64 control, u64 input, u64 output);
+extern bool xmm_kept; /* by the last hypercall_xmm() */
 u64 hypercall_xmm(u64 control, u64 input, u64 output, const u64 xmm[12]); /* fast, with XMM0 to XMM5 */
 u32 status_of(u64 control, u64 input, u64 output); /* the result's status only */
 void expect_not_offered(const char *name, const char *section, u64 control);
@@ -146,6 +148,7 @@ void test_spinwait(void);
 void test_ipi(void);
 void test_flush(void);
 void test_registers(void);
+void test_lock(void);
 
 /* Halt until `condition` holds; false after `milliseconds` by the TSC. */
 #define WAIT_UNTIL(condition, milliseconds)                       \

@@ -18,6 +18,7 @@ static const struct {
     {"time", test_time}, {"synic", test_synic}, {"stimer", test_stimer}, {"ports", test_ports},
     {"autoeoi", test_autoeoi}, {"apic", test_apic}, {"idle", test_idle}, {"spinwait", test_spinwait},
     {"ipi", test_ipi}, {"flush", test_flush}, {"registers", test_registers},
+    {"lock", test_lock}, /* last, for only a reset undoes it */
 };
 
 /* Low memory is the kit's after this. */

@@ -77,17 +77,8 @@ full_mode:
 2:  call vp_main
     jmp 1b
 
-/* u64 hypercall(u64 control, u64 input, u64 output): the calling convention of the build's mode. */
-    .text
-    .globl hypercall
-hypercall:
-#ifdef __x86_64__
-    mov %rdi, %rcx
-    mov %rdx, %r8
-    mov %rsi, %rdx
-    mov $hypercall_page, %eax
-    jmp *%rax
-#else
+#ifndef __x86_64__
+    .macro call_page
     push %ebp
     push %ebx
     push %esi
@@ -100,11 +91,104 @@ hypercall:
     mov 40(%esp), %edi
     mov $hypercall_page, %ebp
     call *%ebp
+    .endm
+    .macro return_from_page
     pop %edi
     pop %esi
     pop %ebx
     pop %ebp
     ret
+    .endm
+#endif
+
+/* u64 hypercall(u64 control, u64 input, u64 output): the calling convention of the build's mode. */
+    .text
+    .globl hypercall
+hypercall:
+#ifdef __x86_64__
+    mov %rdi, %rcx
+    mov %rdx, %r8
+    mov %rsi, %rdx
+    mov $hypercall_page, %eax
+    jmp *%rax
+#else
+    call_page
+    return_from_page
+#endif
+
+/* u32 hypercall_changes(u64 control, u64 input, u64 output): the same, with every register filled that the convention
+ * leaves alone. Returns how many of them, and of the input's, are not as before.
+ */
+    .globl hypercall_changes
+hypercall_changes:
+#ifdef __x86_64__
+    push %rbx
+    push %rbp
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rdi, %rcx
+    mov %rdx, %r8
+    mov %rsi, %rdx
+    mov $0x11111111, %ebx
+    mov $0x22222222, %ebp
+    mov $0x33333333, %esi
+    mov $0x44444444, %edi
+    mov $0x55555555, %r9d
+    mov $0x66666666, %r10d
+    mov $0x77777777, %r12d
+    mov $0x12345678, %r13d
+    mov $0x23456789, %r14d
+    mov $0x3456789a, %r15d
+    push %rcx
+    push %rdx
+    push %r8
+    mov $hypercall_page, %eax
+    call *%rax
+    xor %eax, %eax
+    .macro count register, value
+    cmp \value, \register
+    setne %r11b
+    movzbl %r11b, %r11d
+    add %r11d, %eax
+    .endm
+    count %r8, (%rsp)
+    count %rdx, 8(%rsp)
+    count %rcx, 16(%rsp)
+    add $24, %rsp
+    count %rbx, $0x11111111
+    count %rbp, $0x22222222
+    count %rsi, $0x33333333
+    count %rdi, $0x44444444
+    count %r9, $0x55555555
+    count %r10, $0x66666666
+    count %r12, $0x77777777
+    count %r13, $0x12345678
+    count %r14, $0x23456789
+    count %r15, $0x3456789a
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbp
+    pop %rbx
+    ret
+#else
+    call_page
+    xor %eax, %eax
+    .macro count register, value
+    cmp \value, \register
+    setne %dl
+    movzbl %dl, %edx
+    add %edx, %eax
+    .endm
+    count %ecx, 28(%esp)
+    count %ebx, 32(%esp)
+    count %esi, 36(%esp)
+    count %edi, 40(%esp)
+    count %ebp, $hypercall_page
+    return_from_page
 #endif
 
 /* An AP starts here in real mode at a page below 1 MiB that vp.c copied this to; CS:0 is the page. */

@@ -25,7 +25,7 @@ _STIMER = ("tests/unit/test_hot_stimer.py",)
 _CPUID = "tests/unit/test_enlightenments_cpuid.py"
 #: By enlightenment: topics of the conformance kit, and tests of our own.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "base": (("msr", "hypercall"), (*_ANY_PARTITION, "tests/unit/test_hypercall_page.py")),
+    "base": (("msr", "hypercall", "lock"), (*_ANY_PARTITION, "tests/unit/test_hypercall_page.py")),
     "vpindex": (("msr",), _ANY_PARTITION),
     "reset": (("msr",), _ANY_PARTITION),
     "runtime": (("time",), _ANY_PARTITION),
@@ -43,7 +43,7 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tlbflush": (("flush",), _ANY_CALL),
     "tlbflush-ext": (("flush",), _ANY_CALL),
     "ipi": (("ipi",), _ANY_CALL),
-    "xmm-input": (("hypercall",), _ANY_CALL),
+    "xmm-input": (("ipi", "flush"), _ANY_CALL),
     "vp-registers": (("registers",), _ANY_CALL),
     "start-vp": (("startvp",), _ANY_CALL),
     "ext-hypercalls": (("ext",), _ANY_CALL),

@@ -36,6 +36,11 @@ DIFFERENCES = (
         "reserved bits are to be preserved; what becomes of others is free",
         ("msr.hypercall_reserved_bit",),
     ),
+    Difference(
+        *("0x0", "0xd", "both"),
+        "pyvmm gives #GP to a write that the lock bit forbids, KVM ignores it",
+        ("lock.page_cannot_move", "lock.page_cannot_go"),
+    ),
     Difference("0x0", "0x2f", "both", "KVM keeps reserved bits, pyvmm gives #GP", ("stimer.reserved_bits",)),
     Difference(
         *("0x1", "0x0", "pyvmm"),
