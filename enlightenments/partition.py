@@ -213,7 +213,7 @@ class Partition(Ports):
             _saved_u64(state["tsc_khz"])
             for key, attribute in _SAVED_MSRS.items():
                 setattr(self, attribute, _saved_u64(state[key]))
-            if self._reenlightenment >> 32 >= self.vp_count:
+            if self._reenlightenment & _REENLIGHTENMENT_ENABLE and self._reenlightenment >> 32 >= self.vp_count:
                 raise ValueError("re-enlightenment of a VP that is not there")
             self._crash = [_saved_u64(value) for value in state["crash"]]
             if len(self._crash) != 5:
