@@ -9,7 +9,7 @@ VMS_RUN := $(PYTHON) -m pyvmm doctor >/dev/null 2>&1
 # One test may wait for a whole stock guest in an emulated machine.
 LAB_SECONDS := 1800
 
-.PHONY: help setup ext demo test test-quick check check-c bench clean
+.PHONY: help setup ext demo test test-quick check check-c bench fuzz clean
 
 help:
 	@echo 'make setup       install what is missing: from Debian, from PyPI (.venv), the C extension'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-quick  the same without the lab'
 	@echo 'make check       ruff, mypy, import-linter, C warnings'
 	@echo 'make bench       speed and memory, as ratios to QEMU and to bare C'
+	@echo 'make fuzz        MSRs and hypercalls: C under sanitizers, Hypothesis, a guest; SECONDS=600, SEED=N'
 	@echo 'make clean       remove what was built here, but neither .venv nor downloaded kernels'
 
 setup:
@@ -61,6 +62,9 @@ check-c: setup
 
 bench: setup
 	@$(PYTHON) -m tests.bench
+
+fuzz: setup
+	@$(PYTHON) -m tests.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf build results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""A guest that fuzzes from within, on a real VP."""
