@@ -9,7 +9,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _HOT = _HERE.parents[1] / "pyvmm" / "core" / "hot"
-#: What hot.c stands in for.
+#: What hot/kvm.c stands in for.
 _WRAPPED = ("ioctl", "timer_create", "timer_settime", "timer_delete", "nanosleep", "hot_reference_now")
 _NO_LIMIT = 1 << 62
 
@@ -25,7 +25,11 @@ def build(folder: Path) -> Path:
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     command += [f"-I{sysconfig.get_path('include')}", f"-L{sysconfig.get_config_var('LIBDIR')}"]
     command += [f"-Wl,--wrap={name}" for name in _WRAPPED]
-    command += ["-o", str(program), str(_HERE / "hot.c"), *map(str, sorted(_HOT.glob("*.c")))]
+    command += [
+        "-o",
+        str(program),
+        *(str(path) for folder in (_HERE / "hot", _HOT) for path in sorted(folder.glob("*.c"))),
+    ]
     command += [f"-lpython{sysconfig.get_config_var('LDVERSION')}"]
     try:
         subprocess.run(command, check=True)
