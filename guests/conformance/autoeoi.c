@@ -25,6 +25,14 @@ static u32 apic_bit(u32 offset, u32 vector)
     return apic_read(offset + vector / 32 * 16) >> vector % 32 & 1;
 }
 
+/* Leave no interrupt in service behind, whatever went wrong. */
+static void end(void)
+{
+    synic_disable();
+    while (apic_bit(APIC_ISR, VECTOR))
+        apic_write(APIC_EOI, 0);
+}
+
 static void begin(void)
 {
     synic_enable();
@@ -47,32 +55,43 @@ static void no_eoi_needed(void)
     expect_equal("autoeoi.no_trace_in_apic", "11.8.5", apic_bit(APIC_ISR, VECTOR) | apic_bit(APIC_IRR, VECTOR), 0);
 }
 
+/* Another interrupt, of higher priority, stays in service until this VP ends it. */
+static void held_by_service(void)
+{
+    u32 before = this_vp()->interrupts[VECTOR];
+
+    end_of_interrupt[VECTOR_HIGHER] = EOI_BY_NOBODY;
+    apic_write(APIC_ICR_LOW, ICR_SELF_FIXED | VECTOR_HIGHER);
+    comes(VECTOR_HIGHER, 1);
+    if (!apic_bit(APIC_ISR, VECTOR_HIGHER)) {
+        /* kvm_pvm's local APIC is like that. */
+        skip("autoeoi.held_by_service", "11.8.5", "nothing is ever in service here");
+        return;
+    }
+    expire();
+    WAIT_UNTIL(message_slot(SINT)->type, PATIENCE);
+    let_ticks_pass(2);
+    expect_equal("autoeoi.held_by_service", "11.8.5", this_vp()->interrupts[VECTOR] - before, 0);
+    apic_write(APIC_EOI, 0);
+    end_of_interrupt[VECTOR_HIGHER] = EOI_BY_APIC;
+    expect_equal("autoeoi.let_by_eoi", "11.8.5", comes(VECTOR, before + 1), 1);
+    message_done(message_slot(SINT));
+}
+
 static void priorities(void)
 {
     struct vp *vp = this_vp();
     u32 before = vp->interrupts[VECTOR];
 
-    apic_write(APIC_TPR, 0xf0);
+    apic_write(APIC_TPR, 0x90);
     expire();
     WAIT_UNTIL(message_slot(SINT)->type, PATIENCE);
-    open_window();
+    let_ticks_pass(2);
     expect_equal("autoeoi.held_by_task_priority", "11.8.5", vp->interrupts[VECTOR] - before, 0);
     apic_write(APIC_TPR, 0);
     expect_equal("autoeoi.let_by_task_priority", "11.8.5", comes(VECTOR, before + 1), 1);
     message_done(message_slot(SINT));
-    /* Another interrupt of higher priority stays in service until this VP ends it. */
-    before = vp->interrupts[VECTOR];
-    end_of_interrupt[VECTOR_HIGHER] = EOI_BY_NOBODY;
-    apic_write(APIC_ICR_LOW, ICR_SELF_FIXED | VECTOR_HIGHER);
-    comes(VECTOR_HIGHER, 1);
-    expire();
-    WAIT_UNTIL(message_slot(SINT)->type, PATIENCE);
-    open_window();
-    expect_equal("autoeoi.held_by_service", "11.8.5", vp->interrupts[VECTOR] - before, 0);
-    apic_write(APIC_EOI, 0);
-    end_of_interrupt[VECTOR_HIGHER] = EOI_BY_APIC;
-    expect_equal("autoeoi.let_by_eoi", "11.8.5", comes(VECTOR, before + 1), 1);
-    message_done(message_slot(SINT));
+    held_by_service();
 }
 
 /* Nothing else may wake the VP within the time that is measured: the watchdog is slow. */
@@ -102,7 +121,7 @@ static void on_other(void)
         others_good += comes(VECTOR, 2) && !this_vp()->in_service[VECTOR];
     }
     message_done(message_slot(SINT));
-    synic_disable();
+    end();
 }
 
 void test_autoeoi(void)
@@ -114,7 +133,7 @@ void test_autoeoi(void)
     no_eoi_needed();
     priorities();
     wakes();
-    synic_disable();
+    end();
     if (vp_count < 2) {
         skip("autoeoi.on_other_vps", "11.8.5", "needs 2 VPs");
         return;

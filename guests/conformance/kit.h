@@ -25,8 +25,8 @@
 
 /* Vectors; each topic that takes interrupts has its own. */
 #define VECTOR_LAST 0x20
-#define VECTOR_WATCHDOG 0x60
-#define VECTOR_WAKE 0x61
+#define VECTOR_WATCHDOG 0xf0 /* above all that may be stuck in service */
+#define VECTOR_WAKE 0xf1
 #define VECTOR_SPURIOUS 0xff
 
 /* Who ends an interrupt on a vector. */
@@ -56,7 +56,7 @@ void vp_begin(u32 number, void (*job)(void));
 bool vp_finished(u32 number); /* waits for it */
 bool vp_run(u32 number, void (*job)(void));
 void idle(void); /* interrupts on, halt until one was taken, interrupts off */
-void open_window(void); /* interrupts on for a few instructions */
+void let_ticks_pass(u32 ticks); /* of the watchdog, with interrupts on: time for what must not come */
 void take_interrupts(void); /* all those that are pending now */
 u32 apic_read(u32 offset);
 void apic_write(u32 offset, u32 value);

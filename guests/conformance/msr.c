@@ -118,6 +118,15 @@ static void reset_msr(void)
     expect_equal("msr.reset_write_0", "2.4.4", wrmsr_safe(MSR_RESET, 0), 0);
 }
 
+/* #GP or nothing: the bad value is not there afterwards. */
+static void expect_refused(const char *name, const char *section, u32 msr, u64 value)
+{
+    u32 vector = wrmsr_safe(msr, value);
+
+    expect(name, section, vector, rdmsr(msr) != value, "refused");
+    wrmsr_safe(msr, 0);
+}
+
 static void reenlightenment(void)
 {
     u64 good = 0x10000 | 0xee | (u64)(vp_count - 1) << 32;
@@ -126,6 +135,10 @@ static void reenlightenment(void)
     wrmsr_safe(MSR_REENLIGHTENMENT_CONTROL, good);
     expect_equal("msr.reenlightenment", "16.6.1", rdmsr(MSR_REENLIGHTENMENT_CONTROL), good);
     wrmsr_safe(MSR_REENLIGHTENMENT_CONTROL, 0);
+    expect_refused("msr.reenlightenment_reserved_bit", "16.6.1", MSR_REENLIGHTENMENT_CONTROL, good | 1u << 17);
+    expect_refused("msr.reenlightenment_vector_15", "16.6.1", MSR_REENLIGHTENMENT_CONTROL, (good & ~0xffull) | 15);
+    expect_refused("msr.reenlightenment_bad_vp", "16.6.1", MSR_REENLIGHTENMENT_CONTROL, good + (1ull << 32));
+    expect_refused("msr.tsc_emulation_reserved_bit", "16.6.2", MSR_TSC_EMULATION_CONTROL, 2);
     wrmsr_safe(MSR_TSC_EMULATION_CONTROL, 1);
     expect_equal("msr.tsc_emulation_control", "16.6.2", rdmsr(MSR_TSC_EMULATION_CONTROL), 1);
     wrmsr_safe(MSR_TSC_EMULATION_CONTROL, 0);

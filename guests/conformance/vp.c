@@ -134,9 +134,12 @@ void idle(void)
     __asm__ volatile("sti; hlt; cli" : : : "memory");
 }
 
-void open_window(void)
+void let_ticks_pass(u32 ticks)
 {
-    __asm__ volatile("sti; nop; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
+    u32 wanted = this_vp()->interrupts[VECTOR_WATCHDOG] + ticks;
+
+    while (this_vp()->interrupts[VECTOR_WATCHDOG] < wanted)
+        idle();
 }
 
 /* One of our own, of the lowest priority, comes after all that wait. */

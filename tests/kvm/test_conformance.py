@@ -31,7 +31,8 @@ def test_all_that_is_offered_conforms(tmp_path: Path, bits: int, cpus: int) -> N
     result = run_kit(tmp_path, bits, cpus)
     assert_good(result)
     if cpus > 1:
-        assert [finding.full_name for finding in result.report.of("skip")] == []
+        skipped = {finding.full_name for finding in result.report.of("skip")}
+        assert skipped <= {"autoeoi.held_by_service"}  # which kvm_pvm's local APIC cannot show
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -41,6 +41,14 @@ DIFFERENCES = (
         "pyvmm gives #GP to a write that the lock bit forbids, KVM ignores it",
         ("lock.page_cannot_move", "lock.page_cannot_go"),
     ),
+    Difference(
+        *("0x0", "0xd", "pyvmm"),
+        "KVM keeps whatever is written",
+        (
+            *("msr.reenlightenment_reserved_bit", "msr.reenlightenment_vector_15", "msr.reenlightenment_bad_vp"),
+            "msr.tsc_emulation_reserved_bit",
+        ),
+    ),
     Difference("0x0", "0x2f", "both", "KVM keeps reserved bits, pyvmm gives #GP", ("stimer.reserved_bits",)),
     Difference(
         *("0x1", "0x0", "pyvmm"),
