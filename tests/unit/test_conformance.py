@@ -9,6 +9,7 @@ import pytest
 
 from guests.bare.build import BuildError
 from guests.bare.report import parse
+from guests.bare.run import Run
 from guests.conformance import tests as kit
 from guests.conformance.build import SOURCE, WIDTHS, build
 from tests.fakes.objdump import lacking_instructions
@@ -65,3 +66,9 @@ def test_without_a_linker_tool_one_line_says_what_to_install(tmp_path: Path, mon
     monkeypatch.setattr("shutil.which", lambda name: None if name == "objcopy" else "/bin/true")
     with pytest.raises(BuildError, match=r"objcopy is needed.*apt-get install"):
         build(64, tmp_path)
+
+
+def test_a_good_report_of_a_run_that_ended_otherwise_is_a_problem() -> None:
+    report = parse("kit", "kit: cpuid.interface = 0x31237648 ok 2.4.2\nkit: done 1 0 0\n")
+    assert Run(report, 1, "", 0.1, good_status=1).problem is None
+    assert Run(report, 124, "", 0.1, good_status=1).problem == "the run ended with status 124, not 1"
