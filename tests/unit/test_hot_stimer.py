@@ -77,36 +77,24 @@ def test_a_one_shot_in_the_past_expires_at_once(guest: SynicGuest) -> None:
 
 def test_a_periodic_timer_expires_again_and_again(guest: SynicGuest) -> None:
     start = guest.now
-    guest.write(count(), 5000)
+    guest.write(count(), 100)
     guest.write(config(), ENABLE | PERIODIC | to_sint(3))
     for number in range(1, 6):
-        assert guest.scan() == start + 5000 * number
-        guest.now = start + 5000 * number
+        assert guest.scan() == start + 100 * number
+        guest.now = start + 100 * number
         guest.scan()
-        assert expirations(guest) == [(0, start + 5000 * number, guest.now)]
+        assert expirations(guest) == [(0, start + 100 * number, guest.now)]
     assert guest.read(config()) == ENABLE | PERIODIC | to_sint(3)
 
 
 def test_missed_periods_are_not_made_up_for_but_the_phase_stays(guest: SynicGuest) -> None:
     start = guest.now
-    guest.write(count(), 5000)
+    guest.write(count(), 100)
     guest.write(config(), ENABLE | PERIODIC | LAZY | to_sint(3))
-    guest.now = start + 52_500
-    assert guest.scan() == start + 55_000
-    assert expirations(guest) == [(0, start + 5000, start + 52_500)]
-    assert guest.scan() == start + 55_000
-
-
-@pytest.mark.parametrize("period", [1, 3, 6, 1999])
-def test_ticks_are_never_so_close_that_the_guest_could_not_run_between_them(guest: SynicGuest, period: int) -> None:
-    guest.write(count(), period)
-    guest.write(config(), ENABLE | PERIODIC | to_vector(0x70))
-    start = guest.now
-    for _ in range(10):
-        guest.now = max(guest.now + 1, guest.scan())
-        guest.interrupts()
-    assert guest.now - start >= 9 * 2000
-    assert (guest.now - start) % period == 0  # in phase
+    guest.now = start + 1050
+    assert guest.scan() == start + 1100
+    assert expirations(guest) == [(0, start + 100, start + 1050)]
+    assert guest.scan() == start + 1100
 
 
 def test_auto_enable_starts_with_the_count(guest: SynicGuest) -> None:

@@ -4,7 +4,6 @@
 
 enum {
 	MESSAGE_TIMER_EXPIRED = 0x80000010u,
-	SHORTEST_PERIOD = 2000, // 200 us
 };
 
 static const uint64_t CONFIG_ENABLE = 1 << 0;
@@ -26,15 +25,6 @@ static unsigned config_sint(uint64_t config)
 static uint64_t after(uint64_t time, uint64_t count)
 {
 	return time + count < time ? UINT64_MAX : time + count;
-}
-
-// From one tick to the next: with shorter periods than SHORTEST_PERIOD some are left out, or the VP would leave the guest
-// for the next before it has executed an instruction.
-static uint64_t tick_distance(const struct stimer *timer)
-{
-	if (timer->count >= SHORTEST_PERIOD)
-		return timer->count;
-	return (SHORTEST_PERIOD + timer->count - 1) / timer->count * timer->count;
 }
 
 static void arm(struct stimer *timer, uint64_t now)
@@ -102,7 +92,7 @@ uint64_t stimers_scan(SynICObject *self, uint64_t now)
 				continue; // the guest's next EOM or SynIC access brings another scan
 			if (timer->config & CONFIG_PERIODIC) {
 				// Ticks that nobody could take are not made up for, but the phase stays.
-				timer->due = after(now - (now - timer->due) % timer->count, tick_distance(timer));
+				timer->due = after(now - (now - timer->due) % timer->count, timer->count);
 			} else {
 				timer->config &= ~CONFIG_ENABLE;
 				timer->due = 0;

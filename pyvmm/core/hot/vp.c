@@ -26,6 +26,10 @@ enum {
 	// How long to wait, in 100 ns, before looking again whether the guest can take an auto-EOI interrupt.
 	FIRST_RETRY = 1000,
 	LONGEST_RETRY = 8000,
+
+	// 500 us: how long a timer that has fired leaves the guest alone until it has shown that it runs. With shorter periods
+	// the next one would be due before the VP is back in the guest.
+	QUIET = 5000,
 };
 
 static _Thread_local VpObject *current_vp;
@@ -39,9 +43,8 @@ static void on_kick(int signal, siginfo_t *info, void *context)
 	(void)context;
 	VpObject *self = current_vp;
 	if (self) {
-		// The host's clock may run ahead of the TSC: a timer that fires too early is armed anew.
 		if (info->si_code == SI_TIMER)
-			atomic_store(&self->timer_deadline, 0);
+			atomic_store(&self->timer_fired, true);
 		atomic_store(&self->scan_requested, true);
 		self->run->immediate_exit = 1;
 	}
@@ -73,14 +76,23 @@ static bool make_timer(VpObject *self)
 {
 	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL};
 	event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
-	atomic_store(&self->timer_deadline, 0);
+	atomic_store(&self->timer_fired, false);
+	self->timer_deadline = self->quiet_until = 0;
 	return timer_create(CLOCK_MONOTONIC, &event, &self->timer) == 0;
 }
 
 static void scan(VpObject *self)
 {
 	uint64_t now = hot_reference_now(self->reference);
+	if (atomic_exchange(&self->timer_fired, false)) {
+		// The host's clock may run ahead of the TSC: a timer that fires too early is armed anew.
+		if (now >= self->timer_deadline)
+			self->quiet_until = now + QUIET;
+		self->timer_deadline = 0;
+	}
 	uint64_t deadline = hot_synic_scan(self->synic, now);
+	if (deadline && deadline < self->quiet_until)
+		deadline = self->quiet_until;
 	if (hot_vp_inject(self)) {
 		self->retry_time = 0;
 	} else {
@@ -93,9 +105,9 @@ static void scan(VpObject *self)
 		if (!deadline || deadline > self->retry_time)
 			deadline = self->retry_time;
 	}
-	if (deadline == atomic_load(&self->timer_deadline))
+	if (deadline == self->timer_deadline)
 		return;
-	atomic_store(&self->timer_deadline, deadline);
+	self->timer_deadline = deadline;
 	struct itimerspec spec = {0};
 	if (deadline) {
 		uint64_t wait = deadline > now ? deadline - now : 1; // 100 ns
@@ -260,6 +272,10 @@ static enum outcome step(VpObject *self, struct gil *gil)
 		return GO_ON;
 	}
 	uint32_t reason = run->exit_reason;
+	if (self->quiet_until) {
+		self->quiet_until = 0;
+		atomic_store(&self->scan_requested, true);
+	}
 	self->exits[reason < EXIT_REASONS ? reason : 0]++;
 	errno = 0;
 	switch (reason) {

@@ -68,7 +68,9 @@ struct VpObject {
 	pthread_t thread;
 
 	timer_t timer; // exists while the VP runs
-	_Atomic uint64_t timer_deadline; // 0 while it is not armed
+	atomic_bool timer_fired;
+	uint64_t timer_deadline; // 0 while it is not armed
+	uint64_t quiet_until;	 // the timer has fired, and the guest has given no other sign of life since; 0 otherwise
 	uint64_t retry_time; // when to look again whether the guest can take an auto-EOI interrupt; 0 if none waits
 	uint64_t retry_wait;
 

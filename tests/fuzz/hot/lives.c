@@ -20,7 +20,7 @@ static uint64_t life;
 _Noreturn void fail(const char *what)
 {
 	fprintf(stderr, "hot: %s\n", what);
-	if (PyErr_Occurred())
+	if (PyGILState_Check() && PyErr_Occurred())
 		PyErr_Print();
 	abort();
 }
