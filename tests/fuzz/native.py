@@ -10,7 +10,10 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _HOT = _HERE.parents[1] / "pyvmm" / "core" / "hot"
 #: What hot/kvm.c stands in for.
-_WRAPPED = ("ioctl", "timer_create", "timer_settime", "timer_delete", "nanosleep", "hot_reference_now")
+_WRAPPED = (
+    *("ioctl", "timer_create", "timer_settime", "timer_delete", "timerfd_create", "nanosleep"),
+    "hot_reference_now",
+)
 _NO_LIMIT = 1 << 62
 
 

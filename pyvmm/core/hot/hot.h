@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <time.h>
 
 enum {
 	HOT_PAGE_SIZE = 4096,
@@ -57,6 +58,14 @@ typedef struct {
 
 uint64_t hot_reference_now(const ReferenceTimeObject *reference);
 
+// What to arm a timer of the host with for a time in the future, or at once if that has passed; 0 disarms it.
+static inline struct itimerspec hot_wait_for(uint64_t deadline, uint64_t now)
+{
+	uint64_t wait = !deadline ? 0 : deadline > now ? deadline - now : 1; // 100 ns
+	struct itimerspec spec = {.it_value = {(time_t)(wait / 10000000), (long)(wait % 10000000 * 100)}};
+	return spec;
+}
+
 extern PyTypeObject ReferenceTime_Type;
 
 // Rings -------------------------------------------------------------------------------------------
@@ -97,6 +106,10 @@ bool hot_synic_read_msr(SynICObject *synic, uint32_t index, uint64_t *value);
 bool hot_synic_write_msr(SynICObject *synic, uint32_t index, uint64_t value, uint64_t now);
 // Returns the next deadline in reference time, 0 for none.
 uint64_t hot_synic_scan(SynICObject *synic, uint64_t now);
+// direct.c: has another thread, which waits for the timerfd, expire direct timers; -1 for none: then the scan does.
+void hot_synic_set_direct_fd(SynICObject *synic, int fd);
+void hot_synic_expire_direct(SynICObject *synic, uint64_t now);
+bool hot_synic_has_direct(SynICObject *synic);
 // Interrupts the VP past all SINTs.
 void hot_synic_interrupt(SynICObject *synic, uint8_t vector);
 // The highest vector of an auto-EOI SINT that waits for its VP, or -1; and that it has been taken.

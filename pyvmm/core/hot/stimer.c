@@ -82,11 +82,13 @@ static bool expire(SynICObject *self, unsigned index, uint64_t now)
 	return synic_deliver(self, sint, MESSAGE_TIMER_EXPIRED, 0, &payload, sizeof(payload)) == DELIVERED;
 }
 
-uint64_t stimers_scan(SynICObject *self, uint64_t now)
+uint64_t stimers_scan(SynICObject *self, uint64_t now, bool direct)
 {
 	uint64_t next = 0;
 	for (unsigned i = 0; i < STIMER_COUNT; i++) {
 		struct stimer *timer = &self->timers[i];
+		if (!!(timer->config & CONFIG_DIRECT) != direct)
+			continue;
 		if (timer->due && timer->due <= now) {
 			if (!expire(self, i, now))
 				continue; // the guest's next EOM or SynIC access brings another scan
@@ -102,6 +104,15 @@ uint64_t stimers_scan(SynICObject *self, uint64_t now)
 			next = timer->due;
 	}
 	return next;
+}
+
+bool stimers_wait_direct(const SynICObject *self)
+{
+	for (unsigned i = 0; i < STIMER_COUNT; i++) {
+		if (self->timers[i].due && (self->timers[i].config & CONFIG_DIRECT))
+			return true;
+	}
+	return false;
 }
 
 PyObject *stimers_save(const struct stimer *timers)

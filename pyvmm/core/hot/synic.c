@@ -163,7 +163,12 @@ uint64_t hot_synic_scan(SynICObject *self, uint64_t now)
 	pthread_mutex_lock(&self->lock);
 	for (unsigned sint = 0; sint < SINT_COUNT; sint++)
 		queue_drain(self, sint);
-	uint64_t deadline = stimers_scan(self, now);
+	uint64_t deadline = stimers_scan(self, now, false);
+	uint64_t direct = stimers_scan(self, now, true);
+	if (self->direct_fd >= 0)
+		direct_arm(self, direct, now);
+	else if (direct && (!deadline || direct < deadline))
+		deadline = direct;
 	pthread_mutex_unlock(&self->lock);
 	return deadline;
 }

@@ -53,6 +53,8 @@ struct SynICObject {
 	uint64_t messages_dropped;
 	uint64_t interrupts_raised;
 	_Atomic uint64_t auto_eoi[AUTO_EOI_WORDS]; // vectors that wait to be taken; set with the lock, read without
+	int direct_fd; // the timerfd of the thread that expires direct timers, or -1
+	uint64_t direct_deadline; // what it is armed for; 0 for nothing
 	char direct_timers;  // whether a timer may interrupt without a message
 	unsigned kept_count; // with no VM to interrupt
 	uint8_t kept[KEPT_INTERRUPTS];
@@ -83,7 +85,13 @@ void synic_raise(SynICObject *synic, unsigned sint);
 // `reg` counts MSRs from STIMER0_CONFIG: even numbers are CONFIG, odd ones COUNT.
 uint64_t stimer_read(const SynICObject *synic, unsigned reg);
 bool stimer_write(SynICObject *synic, unsigned reg, uint64_t value, uint64_t now);
-uint64_t stimers_scan(SynICObject *synic, uint64_t now);
+// Expires the timers that are due, the direct ones or those that send messages. Returns the next deadline, 0 for none.
+uint64_t stimers_scan(SynICObject *synic, uint64_t now, bool direct);
+
+// Whether a direct timer is armed.
+bool stimers_wait_direct(const SynICObject *synic);
+// Has the thread of direct.c wake at `deadline`; 0 for never.
+void direct_arm(SynICObject *synic, uint64_t deadline, uint64_t now);
 
 // These want the GIL or nothing, and no lock.
 

@@ -19,6 +19,7 @@ static PyObject *synic_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUS
 	self->vp_index = vp_index;
 	self->apic_id = apic_id;
 	self->space_event = -1;
+	self->direct_fd = -1;
 	pthread_mutex_init(&self->lock, NULL);
 	synic_power_on(self);
 	return (PyObject *)self;

@@ -26,10 +26,6 @@ enum {
 	// How long to wait, in 100 ns, before looking again whether the guest can take an auto-EOI interrupt.
 	FIRST_RETRY = 1000,
 	LONGEST_RETRY = 8000,
-
-	// 500 us: how long a timer that has fired leaves the guest alone until it has shown that it runs. With shorter periods
-	// the next one would be due before the VP is back in the guest.
-	QUIET = 5000,
 };
 
 static _Thread_local VpObject *current_vp;
@@ -87,9 +83,11 @@ static void scan(VpObject *self)
 	if (atomic_exchange(&self->timer_fired, false)) {
 		// The host's clock may run ahead of the TSC: a timer that fires too early is armed anew.
 		if (now >= self->timer_deadline)
-			self->quiet_until = now + QUIET;
+			self->quiet_until = now + TICKS_APART;
 		self->timer_deadline = 0;
 	}
+	if (self->direct_fd < 0 && hot_synic_has_direct(self->synic))
+		hot_vp_start_direct(self);
 	uint64_t deadline = hot_synic_scan(self->synic, now);
 	if (deadline && deadline < self->quiet_until)
 		deadline = self->quiet_until;
@@ -108,12 +106,7 @@ static void scan(VpObject *self)
 	if (deadline == self->timer_deadline)
 		return;
 	self->timer_deadline = deadline;
-	struct itimerspec spec = {0};
-	if (deadline) {
-		uint64_t wait = deadline > now ? deadline - now : 1; // 100 ns
-		spec.it_value.tv_sec = (time_t)(wait / 10000000);
-		spec.it_value.tv_nsec = (long)(wait % 10000000 * 100);
-	}
+	struct itimerspec spec = hot_wait_for(deadline, now);
 	timer_settime(self->timer, 0, &spec, NULL);
 }
 
@@ -327,6 +320,7 @@ static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
 	if (!make_timer(self))
 		return PyErr_SetFromErrno(PyExc_OSError);
 	enter(self);
+	hot_synic_set_direct_fd(self->synic, self->direct_fd);
 	atomic_store(&self->scan_requested, true);
 	self->run->exit_reason = KVM_EXIT_UNKNOWN; // what the run page says may be from before a reset
 	enum outcome outcome = GO_ON;
@@ -349,6 +343,7 @@ static PyObject *vp_run(VpObject *self, PyObject *Py_UNUSED(ignored))
 	int number = errno;
 	PyEval_RestoreThread(gil.saved);
 	leave(self);
+	hot_synic_set_direct_fd(self->synic, -1);
 	if (outcome == FAILED) {
 		if (!PyErr_Occurred()) {
 			errno = number;
@@ -389,6 +384,7 @@ static PyObject *vp_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(
 	self->run = run_buffer.buf;
 	self->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
 	self->fd = fd;
+	self->direct_fd = -1;
 	self->index = index;
 	self->memory = (MemoryObject *)Py_NewRef(memory);
 	self->synic = (SynICObject *)Py_NewRef(synic);
@@ -426,6 +422,7 @@ static int vp_clear(VpObject *self)
 static void vp_dealloc(VpObject *self)
 {
 	PyObject_GC_UnTrack(self);
+	hot_vp_end_direct(self);
 	hot_synic_attach(self->synic, NULL);
 	PyBuffer_Release(&self->run_buffer);
 	pthread_mutex_destroy(&self->thread_lock);

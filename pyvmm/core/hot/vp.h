@@ -21,6 +21,10 @@ enum {
 	HYPERCALL_SLOTS = PLAIN_HYPERCALLS + EXTENDED_HYPERCALLS,
 	MAX_LAYOUTS = 32,
 	MAX_PEERS = 64, // flushes and IPIs keep sets of VPs in 64 bits
+
+	// 500 us: how long a timer that has fired leaves the guest alone until it has shown that it runs. With shorter
+	// periods the next one would be due before the VP is back in the guest.
+	TICKS_APART = 5000,
 };
 
 // The parameters of a hypercall, in bytes. A call with elements is a rep call.
@@ -70,7 +74,10 @@ struct VpObject {
 	timer_t timer; // exists while the VP runs
 	atomic_bool timer_fired;
 	uint64_t timer_deadline; // 0 while it is not armed
-	uint64_t quiet_until;	 // the timer has fired, and the guest has given no other sign of life since; 0 otherwise
+	uint64_t quiet_until; // the timer has fired, and the guest has given no other sign of life since; 0 otherwise
+	pthread_t direct_thread; // see direct.c
+	int direct_fd; // -1: it has no thread yet
+	atomic_bool direct_ends;
 	uint64_t retry_time; // when to look again whether the guest can take an auto-EOI interrupt; 0 if none waits
 	uint64_t retry_wait;
 
@@ -115,6 +122,10 @@ void hot_vp_flush_tlb(VpObject *self);
 int hot_vp_hypercall_slot(uint64_t code);
 void hot_vp_count_error(const VpObject *self, struct errors *errors, uint64_t value);
 PyObject *hot_vp_counts(VpObject *self, PyObject *ignored);
+
+// direct.c: makes the thread that expires the VP's direct timers, if that can be; ends it.
+void hot_vp_start_direct(VpObject *self);
+void hot_vp_end_direct(VpObject *self);
 
 // interrupt.c: has the guest take an interrupt that needs no EOI. False if one waits that it cannot take now.
 bool hot_vp_inject(VpObject *self);
