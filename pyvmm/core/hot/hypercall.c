@@ -86,7 +86,7 @@ static unsigned read_vp_set(const VpObject *self, const struct hypercall *call, 
 
 // Interrupts (chapter 10.5) ------------------------------------------------------------------------------------
 
-static unsigned send_ipi(const VpObject *self, const struct hypercall *call)
+static uint64_t answer_ipi(VpObject *self, const struct hypercall *call)
 {
 	uint64_t head = word(call, 0), set;
 	uint32_t vector = (uint32_t)head;
@@ -169,39 +169,46 @@ static unsigned flush(VpObject *self, const struct hypercall *call)
 
 // The calls -----------------------------------------------------------------------------------------------------
 
-static bool answered_here(unsigned code)
+static uint64_t answer_signal(VpObject *self, const struct hypercall *call)
+{
+	return (uint64_t)hot_doorbells_signal(self->doorbells, (uint32_t)word(call, 0), word(call, 0) >> 32 & 0xffff);
+}
+
+// Chapter 14.5.1: there is no error.
+static uint64_t answer_spin_wait(VpObject *self, const struct hypercall *call)
+{
+	(void)self;
+	(void)call;
+	sched_yield();
+	return HV_STATUS_SUCCESS;
+}
+
+static uint64_t answer_flush(VpObject *self, const struct hypercall *call)
+{
+	unsigned status = flush(self, call);
+	return result_of(status, status ? call->rep_start : call->rep_count);
+}
+
+typedef uint64_t answer_function(VpObject *self, const struct hypercall *call);
+
+// What answers a call without Python; NULL if nothing does.
+static answer_function *answer_of(unsigned code)
 {
 	switch (code) {
 	case HVCALL_FLUSH_SPACE:
 	case HVCALL_FLUSH_LIST:
 	case HVCALL_FLUSH_SPACE_EX:
 	case HVCALL_FLUSH_LIST_EX:
+		return answer_flush;
 	case HVCALL_SEND_IPI:
 	case HVCALL_SEND_IPI_EX:
+		return answer_ipi;
 	case HVCALL_LONG_SPIN_WAIT:
+		return answer_spin_wait;
 	case HVCALL_SIGNAL_EVENT:
-		return true;
+		return answer_signal;
 	default:
-		return false;
-	}
-}
-
-static uint64_t answer_here(VpObject *self, const struct hypercall *call)
-{
-	unsigned status;
-	switch (call->layout->code) {
-	case HVCALL_SIGNAL_EVENT:
-		return (uint64_t)hot_doorbells_signal(self->doorbells, (uint32_t)word(call, 0),
-						      word(call, 0) >> 32 & 0xffff);
-	case HVCALL_LONG_SPIN_WAIT: // chapter 14.5.1: there is no error
-		sched_yield();
-		return HV_STATUS_SUCCESS;
-	case HVCALL_SEND_IPI:
-	case HVCALL_SEND_IPI_EX:
-		return send_ipi(self, call);
-	default:
-		status = flush(self, call);
-		return result_of(status, status ? call->rep_start : call->rep_count);
+		return NULL;
 	}
 }
 
@@ -287,15 +294,16 @@ static bool answer(VpObject *self, struct gil *gil, struct hypercall *call, uint
 	int slot = hot_vp_hypercall_slot(call->control & CONTROL_CODE);
 	unsigned layout = slot < 0 ? 0 : self->layout_of[slot];
 	unsigned status = HV_STATUS_INVALID_HYPERCALL_CODE;
-	bool here = true, ok = true;
+	answer_function *here = NULL;
+	bool ok = true;
 	if (layout) {
 		call->layout = &self->layouts[layout - 1];
-		here = answered_here(call->layout->code);
+		here = answer_of(call->layout->code);
 		status = prepare(self, call);
 	}
 	*result = status;
 	if (!status && here)
-		*result = answer_here(self, call);
+		*result = here(self, call);
 	if ((!status && !here) || self->trace_hypercall) {
 		PyEval_RestoreThread(gil->saved);
 		if (!status && !here)
