@@ -150,4 +150,14 @@ static inline u64 address_of(const volatile void *pointer)
     return (ulong)pointer;
 }
 
+/* Halt until `condition` holds; false after `milliseconds` by the TSC. The guest has idle() and tsc_per_ms. */
+#define WAIT_UNTIL(condition, milliseconds)                       \
+    ({                                                            \
+        u64 deadline_ = rdtsc() + (milliseconds) * tsc_per_ms;    \
+        bool met_;                                                \
+        while (!(met_ = (condition)) && rdtsc() < deadline_)      \
+            idle();                                               \
+        met_;                                                     \
+    })
+
 #endif

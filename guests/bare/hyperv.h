@@ -171,4 +171,8 @@ struct reference_tsc {
     volatile u64 offset;
 };
 
+/* hyperv.c */
+u64 reference_time(void);                /* 100 ns, by MSR */
+void message_done(struct message *slot); /* frees the slot; if another message waits for it, says so with EOM */
+
 #endif

@@ -108,7 +108,6 @@ void expect_not_offered(const char *name, const char *section, u64 control);
 /* synic.c */
 struct message *message_slot(u32 sint); /* of this VP */
 volatile u32 *event_flags(u32 sint);
-void message_done(struct message *slot);
 void synic_enable(void); /* pages and SCONTROL of this VP; all SINTs masked */
 void synic_disable(void);
 
@@ -128,7 +127,6 @@ void testdev(u32 control, u32 vp, u32 sint, u32 connection);
 /* time.c: 100 ns, by MSR, and by the reference TSC page. */
 #define MILLISECOND 10000u
 extern struct reference_tsc reference_tsc_page;
-u64 reference_time(void);
 u64 reference_page_time(void);
 
 /* The topics, one file each. */
@@ -150,15 +148,6 @@ void test_flush(void);
 void test_registers(void);
 void test_lock(void);
 
-/* Halt until `condition` holds; false after `milliseconds` by the TSC. */
-#define WAIT_UNTIL(condition, milliseconds)                       \
-    ({                                                            \
-        u64 deadline_ = rdtsc() + (milliseconds) * tsc_per_ms;    \
-        bool met_;                                                \
-        while (!(met_ = (condition)) && rdtsc() < deadline_)      \
-            idle();                                               \
-        met_;                                                     \
-    })
 #define PATIENCE 1000u /* milliseconds */
 
 #endif

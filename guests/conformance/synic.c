@@ -18,15 +18,6 @@ volatile u32 *event_flags(u32 sint)
     return (volatile u32 *)(event_pages[this_vp()->number] + sint * 256);
 }
 
-/* Free the slot; if another message waits for it, say so with EOM. */
-void message_done(struct message *slot)
-{
-    slot->type = 0;
-    fence();
-    if (slot->flags & 1)
-        wrmsr_safe(MSR_EOM, 0);
-}
-
 void synic_enable(void)
 {
     u32 vp = this_vp()->number;

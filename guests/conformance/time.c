@@ -18,11 +18,6 @@ static u64 multiply_high(u64 a, u64 b)
     return (a >> 32) * (b >> 32) + (middle >> 32) + (other >> 32);
 }
 
-u64 reference_time(void)
-{
-    return rdmsr(MSR_TIME_REF_COUNT);
-}
-
 u64 reference_page_time(void)
 {
     u32 sequence;

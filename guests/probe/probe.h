@@ -93,9 +93,7 @@ u32 post_message(u32 connection, u32 type, const void *payload, u32 size); /* re
 
 /* synic.c */
 struct message *message_slot(u32 sint);
-void message_done(struct message *slot);
 void synic_enable(void);
-u64 reference_time(void); /* 100 ns, by MSR */
 u64 reference_page_time(void);
 volatile u64 *event_flags(u32 sint);
 u32 receive_one_timer_message(void);
@@ -134,15 +132,5 @@ static inline struct vp *this_vp(void)
 {
     return (struct vp *)(stack_pointer() & ~(ulong)(STACK_SIZE - 1));
 }
-
-/* Halt until `condition` holds; false after `milliseconds` by the TSC. */
-#define WAIT_UNTIL(condition, milliseconds)                       \
-    ({                                                            \
-        u64 deadline_ = rdtsc() + (milliseconds) * tsc_per_ms;    \
-        bool met_;                                                \
-        while (!(met_ = (condition)) && rdtsc() < deadline_)      \
-            idle();                                               \
-        met_;                                                     \
-    })
 
 #endif

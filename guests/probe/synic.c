@@ -10,11 +10,6 @@ struct reference_tsc reference_tsc_page __attribute__((aligned(4096)));
 static u8 message_pages[MAX_VPS][PAGE_SIZE] __attribute__((aligned(4096)));
 static u8 event_pages[MAX_VPS][PAGE_SIZE] __attribute__((aligned(4096)));
 
-u64 reference_time(void)
-{
-    return rdmsr(MSR_TIME_REF_COUNT);
-}
-
 u64 reference_page_time(void)
 {
     u32 sequence;
@@ -35,15 +30,6 @@ struct message *message_slot(u32 sint)
 volatile u64 *event_flags(u32 sint)
 {
     return (volatile u64 *)(event_pages[this_vp()->number] + sint * 256);
-}
-
-/* Free the slot; if another message waits for it, say so with EOM. */
-void message_done(struct message *slot)
-{
-    slot->type = 0;
-    fence();
-    if (slot->flags & 1)
-        wrmsr_safe(MSR_EOM, 0);
 }
 
 void synic_enable(void)
