@@ -110,10 +110,10 @@ class Machine:
 
     def _open_disk(self, disk: DiskConfig) -> Disk:
         from devices.storage.backend import DiskError
-        from devices.storage.raw import RawDisk
+        from devices.storage.images import open_image
 
         try:
-            return RawDisk(disk.path, disk.readonly)
+            return open_image(disk.path, disk.readonly)
         except DiskError as error:
             raise MachineError(str(error), EXIT_USAGE) from error
 

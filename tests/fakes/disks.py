@@ -22,13 +22,15 @@ class MemoryDisk(Disk):
     it is set again, and `reached` tells that one got there.
     """
 
+    format = "memory"
+
     def __init__(self, size: int, readonly: bool = False, name: str = "memory") -> None:
         self.path = name
         self.size = size
         self.sector_size = 512
         self.physical_sector_size = 4096
         self.readonly = readonly
-        self.discard_zeroes = True
+        self.trim_zeroes = True
         self.data = bytearray(size)
         self.fail: OSError | None = None
         self.gate = threading.Event()
@@ -41,13 +43,13 @@ class MemoryDisk(Disk):
     def identity(self) -> bytes:
         return self.path.encode().ljust(16, b".")[:16]
 
-    def readv(self, offset: int, views: Sequence[memoryview]) -> None:
+    def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self._enter()
         for view in views:
             view[:] = self.data[offset : offset + len(view)]
             offset += len(view)
 
-    def writev(self, offset: int, views: Sequence[memoryview]) -> None:
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
         self._enter()
         for view in views:
             self.data[offset : offset + len(view)] = view
@@ -57,7 +59,7 @@ class MemoryDisk(Disk):
         self._enter()
         self.flushes += 1
 
-    def discard(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int) -> None:
         self._enter()
         self.data[offset : offset + length] = bytes(length)
 
@@ -73,7 +75,7 @@ class MemoryDisk(Disk):
 
 
 def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:
-    """Hold a back end against a bytearray through random reads, writes, discards and flushes.
+    """Hold a back end against a bytearray through random reads, writes, trims and flushes.
 
     `make(size)` returns a fresh, zeroed, writable disk.
     """
@@ -94,24 +96,24 @@ def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:
             offset, length = span[0] * sector, span[1] * sector
             data = (seed * (length // len(seed) + 1))[:length]
             pieces = [memoryview(data)[at : at + cut] for at in range(0, length, cut)]
-            self.disk.writev(offset, pieces)
+            self.disk.write(offset, pieces)
             self.model[offset : offset + length] = data
 
         @rule(span=spans, cut=st.integers(1, 4096))
         def read(self, span: tuple[int, int], cut: int) -> None:
             offset, length = span[0] * sector, span[1] * sector
             buffer = bytearray(b"\xee" * length)
-            self.disk.readv(offset, [memoryview(buffer)[at : at + cut] for at in range(0, length, cut)])
+            self.disk.read(offset, [memoryview(buffer)[at : at + cut] for at in range(0, length, cut)])
             assert buffer == self.model[offset : offset + length]
 
         @rule(span=spans)
-        def discard(self, span: tuple[int, int]) -> None:
+        def trim(self, span: tuple[int, int]) -> None:
             offset, length = span[0] * sector, span[1] * sector
-            self.disk.discard(offset, length)
-            if self.disk.discard_zeroes:
+            self.disk.trim(offset, length)
+            if self.disk.trim_zeroes:
                 self.model[offset : offset + length] = bytes(length)
             else:
-                self.disk.readv(offset, [memoryview(self.model)[offset : offset + length]])
+                self.disk.read(offset, [memoryview(self.model)[offset : offset + length]])
 
         @rule()
         def flush(self) -> None:

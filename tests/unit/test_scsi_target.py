@@ -228,7 +228,7 @@ def test_unmap_of_more_than_the_limit_is_refused() -> None:
             super().__init__(0)
             self.size = 16 << 40
 
-        def discard(self, offset: int, length: int) -> None:
+        def trim(self, offset: int, length: int) -> None:
             raise AssertionError("nothing is to be discarded")
 
     initiator = Initiator(Huge())

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devices.storage.raw import RawDisk
+from devices.storage.images import open_image
 from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.packets import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_INBAND
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
@@ -387,7 +387,7 @@ def test_full_host_file_system_tells_the_guest() -> None:
 def test_image_truncated_underneath_is_a_medium_error(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(b"d" * SIZE)
-    rig = Rig({0: RawDisk(str(path))})
+    rig = Rig({0: open_image(str(path))})
     guest = rig.ready()
     assert guest.read(read10(BLOCKS - 8, 8), 4096).data == b"d" * 4096
     os.truncate(path, SIZE // 2)

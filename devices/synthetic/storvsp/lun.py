@@ -71,12 +71,12 @@ class Lun:
         disk = self.disk
         match plan:
             case scsi.Read(offset, size):
-                disk.readv(offset, buffer if size == length else first(buffer, size))
+                disk.read(offset, buffer if size == length else first(buffer, size))
                 count.reads += 1
                 count.bytes_read += size
                 return Outcome(size)
             case scsi.Write(offset, size, fua):
-                disk.writev(offset, buffer if size == length else first(buffer, size))
+                disk.write(offset, buffer if size == length else first(buffer, size))
                 count.writes += 1
                 count.bytes_written += size
                 if fua:
@@ -92,10 +92,10 @@ class Lun:
                 disk.flush()
                 count.flushes += 1
             case scsi.Verify(offset, size):
-                disk.readv(offset, [memoryview(bytearray(size))])
+                disk.read(offset, [memoryview(bytearray(size))])
             case scsi.Unmap(ranges):
                 for offset, size in ranges:
-                    disk.discard(offset, size)
+                    disk.trim(offset, size)
                     count.discards += 1
                 return Outcome(length)
             case scsi.Fill():
@@ -107,14 +107,14 @@ class Lun:
         return Outcome()
 
     def _fill(self, plan: scsi.Fill) -> None:
-        if plan.discard and self.disk.discard_zeroes and not any(plan.block):
-            self.disk.discard(plan.offset, plan.length)
+        if plan.discard and self.disk.trim_zeroes and not any(plan.block):
+            self.disk.trim(plan.offset, plan.length)
             return
         pattern = memoryview(plan.block * (min(plan.length, _FILL_CHUNK) // len(plan.block)))
         offset, end = plan.offset, plan.offset + plan.length
         while offset < end:
             step = min(len(pattern), end - offset)
-            self.disk.writev(offset, [pattern[:step]])
+            self.disk.write(offset, [pattern[:step]])
             offset += step
 
 

@@ -157,7 +157,7 @@ class Target:
         self.identity = identity
         self._readonly = disk.readonly
         self._physical = disk.physical_sector_size
-        self._zeroes = disk.discard_zeroes
+        self._zeroes = disk.trim_zeroes
         self._block = disk.sector_size
         self._blocks = disk.size // disk.sector_size
         self._max_blocks = inquiry.MAX_TRANSFER_BYTES // disk.sector_size

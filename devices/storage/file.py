@@ -1,0 +1,218 @@
+"""The file layer: the only place that talks to the kernel about image files.
+
+Formats are written against `HostFile`; tests put a file in its place that loses, tears and reorders what was not
+flushed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from devices.storage.backend import DiskError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+#: Buffers that one preadv or pwritev takes: IOV_MAX of Linux.
+_IOV_MAX = 1024
+_ZEROS = bytes(1 << 20)
+
+# struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+# struct space_resv and FS_IOC_UNRESVSP64 of linux/falloc.h, which the kernel answers for every file
+# system as fallocate(PUNCH_HOLE | KEEP_SIZE); BLKDISCARD and BLKZEROOUT of linux/fs.h take start and length in bytes.
+_SPACE_RESV = struct.Struct("hhqqiI4i")
+_FS_IOC_UNRESVSP64 = 0x4030_582B
+_BLK_RANGE = struct.Struct("QQ")
+_BLKDISCARD = 0x1277
+_BLKZEROOUT = 0x127F
+
+_CANNOT_TRIM = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+
+
+class HostFile:
+    """A regular file or block device, opened and locked for as long as this object lives.
+
+    The lock is an open-file-description lock on the whole file, exclusive for a writer and shared for
+    readers, so two VMs cannot write one image. Raises DiskError from its making; afterwards what goes wrong is an
+    OSError. Methods may be called from several threads at once.
+    """
+
+    def __init__(self, path: str, readonly: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        #: For code that does I/O past this object (the C fast path); -1 once closed.
+        self.fd = -1
+        self._open()
+        try:
+            self._lock()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        flags = os.O_CLOEXEC | (os.O_RDONLY if self.readonly else os.O_RDWR)
+        try:
+            mode = os.stat(self.path).st_mode
+            self.is_block = stat.S_ISBLK(mode)
+            if not self.is_block and not stat.S_ISREG(mode):
+                raise DiskError(f"{self.path}: not a regular file or block device; name a disk image")
+            if self.is_block and not self.readonly:
+                flags |= os.O_EXCL  # refused while the host has it mounted
+            self.fd = os.open(self.path, flags)
+        except OSError as error:
+            raise DiskError(f"{self.path}: {_explain(error, self.readonly)}") from None
+
+    @classmethod
+    def create(cls, path: str) -> HostFile:
+        """Make an empty file, opened for writing and locked; raises DiskError, also if the path is taken."""
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            raise DiskError(f"{path}: exists already; choose another name") from None
+        except OSError as error:
+            raise DiskError(f"{path}: cannot be created: {error.strerror}") from None
+        return cls(path)
+
+    def _lock(self) -> None:
+        kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise DiskError(f"{self.path}: cannot be locked: {error.strerror}; put it on a local disk") from None
+            raise DiskError(
+                f"{self.path}: in use by another VM or tool; stop that first, or open it readonly everywhere"
+            ) from None
+
+    def size(self) -> int:
+        """Bytes in the file or device now."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def read(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill all of `views` from `offset` on; the end of the file inside them is an OSError (EIO)."""
+        total = sum(map(len, views))
+        done = os.preadv(self.fd, views[:_IOV_MAX], offset)
+        while done < total:
+            views = after(views, done)
+            offset, total = offset + done, total - done
+            done = os.preadv(self.fd, views[:_IOV_MAX], offset)
+            if done == 0:
+                raise OSError(errno.EIO, f"end of image at {offset}: it was truncated while in use")
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """Read exactly `length` bytes; the end of the file inside them is an OSError (EIO)."""
+        data = bytearray(length)
+        if length:
+            self.read(offset, [memoryview(data)])
+        return bytes(data)
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write all of `views` from `offset` on."""
+        total = sum(map(len, views))
+        done = os.pwritev(self.fd, views[:_IOV_MAX], offset)
+        while done < total:
+            views = after(views, done)
+            offset, total = offset + done, total - done
+            done = os.pwritev(self.fd, views[:_IOV_MAX], offset)
+            if done == 0:
+                raise OSError(errno.ENOSPC, "nothing more can be written")
+
+    def write_bytes(self, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset`."""
+        if data:
+            self.write(offset, [memoryview(data)])
+
+    def flush(self) -> None:
+        """Return once everything written, and the file's size, is on stable storage."""
+        os.fdatasync(self.fd)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give storage back. The range of a regular file reads as zeros then; that of a device reads as anything."""
+        try:
+            if self.is_block:
+                fcntl.ioctl(self.fd, _BLKDISCARD, _BLK_RANGE.pack(offset, length))
+            else:
+                self._punch(offset, length)
+        except OSError as error:
+            if error.errno not in _CANNOT_TRIM:
+                raise
+            if not self.is_block:
+                self._fill(offset, length)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """Make the range read as zeros: as a hole, or as the device does it best; raises OSError."""
+        try:
+            if self.is_block:
+                fcntl.ioctl(self.fd, _BLKZEROOUT, _BLK_RANGE.pack(offset, length))
+            else:
+                self._punch(offset, length)
+        except OSError as error:
+            if error.errno not in _CANNOT_TRIM:
+                raise
+            self._fill(offset, length)
+
+    def _punch(self, offset: int, length: int) -> None:
+        fcntl.ioctl(self.fd, _FS_IOC_UNRESVSP64, _SPACE_RESV.pack(0, os.SEEK_SET, offset, length, *[0] * 6))
+
+    def _fill(self, offset: int, length: int) -> None:
+        while length:
+            step = min(length, len(_ZEROS))
+            self.write(offset, [memoryview(_ZEROS)[:step]])
+            offset, length = offset + step, length - step
+
+    def truncate(self, size: int) -> None:
+        """Set the size of a regular file; what is added reads as zeros."""
+        os.ftruncate(self.fd, size)
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Cover a range with (offset, length, whether it is stored); the rest are holes, which read as zeros."""
+        end = offset + length
+        if self.is_block:
+            yield offset, length, True
+            return
+        while offset < end:
+            try:
+                start = min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole up to the end of the file
+                    raise
+                start = end
+            if start > offset:
+                yield offset, start - offset, False
+            if start < end:
+                offset = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
+                yield start, offset - start, True
+            else:
+                offset = end
+
+    def close(self) -> None:
+        """Release the file; harmless if done twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def after(views: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """What is left of `views` when their first `done` bytes are dealt with."""
+    for index, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[index + 1 :]]
+        done -= len(view)
+    return []
+
+
+def _explain(error: OSError, readonly: bool) -> str:
+    if error.errno == errno.ENOENT:
+        return "no such file; create it with pyvmm disk create, or correct the path"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        wish = "reading" if readonly else "writing; change its permissions or add ,readonly"
+        return f"{error.strerror}: cannot be opened for {wish}"
+    if error.errno == errno.EBUSY:
+        return "the host or another VM is using this block device; end that first, or add ,readonly"
+    return f"cannot be opened: {error.strerror}"
