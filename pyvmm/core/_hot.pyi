@@ -60,6 +60,55 @@ class Ring:
     def inspect(self) -> dict[str, int]:
         """Indices, mask, pending send size, size and free bytes as they are now."""
 
+class BlockTable:
+    """The block allocation table of a VHDX image: its 64-bit entries as they are in the file. MS-VHDX 2.5.
+
+    Bits 0 to 2 of an entry are the block's state (0 not present, 1 undefined, 2 zero, 3 unmapped, 6 fully and 7
+    partially present), bits 20 to 63 its offset in the file in MiB. After every `chunk_ratio` entries of data blocks
+    there is one of a sector bitmap: block `n` has entry ``n + n // chunk_ratio``. All entries are 0 at first, and
+    runs of zeros cost no memory. Any thread; an index out of range raises IndexError.
+    """
+
+    def __init__(self, entries: int, /) -> None: ...
+    def __len__(self) -> int: ...
+    def load(self, first: int, data: bytes | bytearray | memoryview | mmap, /) -> None:
+        """Take over entries as they stand in the file, from entry `first` on."""
+
+    def get(self, index: int, /) -> int: ...
+    def set(self, index: int, entry: int, /) -> None:
+        """Change one entry, for C at once."""
+
+    def entries(self, first: int, count: int, /) -> bytes:
+        """Entries as they stand in the file."""
+
+    def check(
+        self,
+        chunk_ratio: int,
+        block_size: int,
+        file_size: int,
+        reserved: Sequence[tuple[int, int]],
+        *,
+        has_parent: bool = False,
+        limit: int = 1,
+    ) -> list[tuple[int, str]]:
+        """What is wrong: up to `limit` pairs of index and kind.
+
+        Sizes are in bytes; `reserved` has up to 64 (offset, length) where no block may be. Kinds are
+
+        - ``state``: no state of that kind of entry (partially present only with `has_parent`);
+        - ``outside``: not wholly inside the file (or beyond 128 TiB, which no disk of 64 TiB needs);
+        - ``reserved``: in one of the reserved ranges;
+        - ``overlap``: on storage of an earlier entry;
+        - ``bitmap``: partially present in a chunk whose sector bitmap isn't; told at the chunk's first such block.
+        """
+
+    def drain(self) -> None:
+        """Return once I/O that C began by the entries as they were before this call is over.
+
+        Called after a block was taken away with `set` and before its storage is used for something else. Other Python
+        threads run meanwhile.
+        """
+
 class ReferenceTime:
     """Reference time of a partition: 100 ns units on the guest's TSC. TLFS chapter 12.4.
 

@@ -73,6 +73,10 @@ extern PyTypeObject ReferenceTime_Type;
 extern PyTypeObject Ring_Type;
 extern PyObject *RingError;
 
+// Disks -------------------------------------------------------------------------------------------
+
+extern PyTypeObject BlockTable_Type;
+
 // Hypercall statuses of the TLFS that C code returns ------------------------------------------------
 
 enum {

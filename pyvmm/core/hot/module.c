@@ -15,7 +15,10 @@ PyMODINIT_FUNC PyInit__hot(void)
 	PyObject *module = PyModule_Create(&hot_module);
 	if (!module)
 		return NULL;
-	PyTypeObject *types[] = {&Memory_Type, &ReferenceTime_Type, &Doorbells_Type, &Ring_Type, &SynIC_Type, &Vp_Type};
+	PyTypeObject *types[] = {
+		&Memory_Type, &ReferenceTime_Type, &Doorbells_Type,  &Ring_Type,
+		&SynIC_Type,  &Vp_Type,            &BlockTable_Type,
+	};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)
 			goto fail;
