@@ -8,7 +8,7 @@ import os
 import socket
 
 from pyvmm.cli import EXIT_FAILED, CliError
-from pyvmm.machine.config import ConfigError, parse_disk
+from pyvmm.machine.config import DISK_FORM, ConfigError, parse_disk
 from pyvmm.machine.control import DEFAULT_SHUTDOWN_S
 
 TYPE_CHECKING = False
@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     )
     by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
     by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as board/devices")
-    by_name["add-disk"].add_argument("disk", metavar="PATH[,readonly][,controller=N]", type=parse_disk)
+    by_name["add-disk"].add_argument("disk", metavar="PATH[,OPTION]...", type=parse_disk, help=f"as {DISK_FORM}")
     by_name["remove-disk"].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
     parser.set_defaults(run=run)
 
@@ -112,8 +112,8 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     elif args.command == "inspect":
         message.update(path=args.path)
     elif args.command == "add-disk":
-        path = os.path.abspath(args.disk.path)
-        message.update(path=path, readonly=args.disk.readonly, controller=args.disk.controller)
+        message.update((name, value) for name, value in vars(args.disk).items() if value is not None)
+        message.update(path=os.path.abspath(args.disk.path))
     elif args.command == "remove-disk":
         message.update(controller=args.place[0], lun=args.place[1])
     return message

@@ -10,7 +10,7 @@ import sys
 
 from pyvmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, CliError
 from pyvmm.core.trace import CATEGORIES, GuestLog, Tracer
-from pyvmm.machine.config import DESCRIPTIONS, VmConfig, check_files, parse_disk, parse_size, validate
+from pyvmm.machine.config import DESCRIPTIONS, DISK_FORM, VmConfig, check_files, parse_disk, parse_size, validate
 from pyvmm.machine.console import open_console
 
 TYPE_CHECKING = False
@@ -50,11 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     add("--huge-pages", action="store_true", help=DESCRIPTIONS["huge_pages"])
     add(
         "--disk",
-        metavar="PATH[,readonly][,controller=N]",
+        metavar="PATH[,OPTION]...",
         dest="disks",
         action="append",
         type=parse_disk,
-        help="add a raw disk image; may be given again",
+        help=f"add a disk image: {DISK_FORM}; may be given again",
     )
     add("--enlightenments", metavar="SPEC", help=DESCRIPTIONS["enlightenments"])
     add("--com1", metavar="stdio|file:P|unix:P|none", help=DESCRIPTIONS["com1"])
@@ -126,15 +126,19 @@ def _run_machine(config: VmConfig, tracer: Tracer, console: Console, report: Tex
         outcome = machine.run()
         if report is not None:
             _write_report(report, machine.inspect())
-        return outcome
     except MachineError as error:
         raise CliError(str(error), error.exit_code) from error
     finally:
         if control is not None:
             control.close()
-        machine.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            machine.close()
+        except MachineError as error:
+            raise CliError(str(error), error.exit_code) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return outcome
 
 
 def _serve(path: str, machine: Machine, name: str) -> ControlServer:

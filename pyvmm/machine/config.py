@@ -20,6 +20,11 @@ MAX_MEMORY = 1 << 40
 MAX_CONTROLLERS = 4
 MAX_LUNS = 64
 MAX_NAME = 64
+#: The smallest limits of a disk: below them a guest would take its disk for broken.
+MIN_IOPS = 10
+MIN_BANDWIDTH = 64 << 10
+DISK_FORMATS = ("raw", "vhd", "vhdx", "iso")
+DISK_FORM = "PATH[,readonly][,controller=N][,lun=N][,format=F][,iops=N][,bandwidth=SIZE]"
 
 _PAGE_SIZE = 4096
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -30,16 +35,36 @@ class ConfigError(Exception):
 
 
 class DiskConfig:
-    """A disk on one of the VM's synthetic SCSI controllers; its LUN is the next free one there."""
+    """A disk on one of the VM's synthetic SCSI controllers, by default at the next free LUN there.
+
+    `format` None is what the path's suffix tells. `iops` (commands/s) and `bandwidth` (bytes/s) are limits.
+    """
 
     path: str
     readonly: bool = False
     controller: int = 0
+    lun: int | None = None
+    format: str | None = None
+    iops: int | None = None
+    bandwidth: int | None = None
 
-    def __init__(self, path: str, readonly: bool = False, controller: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        readonly: bool = False,
+        controller: int = 0,
+        lun: int | None = None,
+        format: str | None = None,
+        iops: int | None = None,
+        bandwidth: int | None = None,
+    ) -> None:
         self.path = path
         self.readonly = readonly
         self.controller = controller
+        self.lun = lun
+        self.format = format
+        self.iops = iops
+        self.bandwidth = bandwidth
 
 
 class VmConfig:
@@ -86,9 +111,13 @@ DESCRIPTIONS = {
     "reboot": "start again when the guest resets, instead of ending",
     "testdev": "add QEMU's devices for test programs: isa-debug-exit (port 0xf4), pc-testdev, hyperv-testdev, fw_cfg",
     "timeout": "stop the VM after this many seconds",
-    "path": "disk image, raw",
+    "path": "disk image",
     "readonly": "refuse the guest's writes",
     "controller": f"SCSI controller, 0 to {MAX_CONTROLLERS - 1}",
+    "lun": f"place on the controller, 0 to {MAX_LUNS - 1}; by default the next free one",
+    "format": f"format of the image: {', '.join(DISK_FORMATS)}; by default what its suffix tells, else raw",
+    "iops": "limit of commands per second",
+    "bandwidth": "limit of bytes per second, such as 50M",
 }
 
 
@@ -116,18 +145,22 @@ def format_size(size: int) -> str:
 
 
 def parse_disk(text: str) -> DiskConfig:
-    """A disk from ``PATH[,readonly][,controller=N]``. Raises ConfigError."""
+    """A disk from `DISK_FORM`. Raises ConfigError."""
     path, *options = text.split(",")
     disk = DiskConfig(path)
     for option in options:
         key, _, value = option.partition("=")
         if option == "readonly":
             disk.readonly = True
-        elif key == "controller" and value.isascii() and value.isdigit() and len(value) < 4:
-            disk.controller = int(value)
+        elif key in ("controller", "lun", "iops") and value.isascii() and value.isdigit() and len(value) < 16:
+            setattr(disk, key, int(value))
+        elif key == "format" and value:
+            disk.format = value
+        elif key == "bandwidth" and value:
+            disk.bandwidth = parse_size(value)
         else:
-            raise ConfigError(f"disk {text!r}: unknown option {option!r}: write PATH[,readonly][,controller=N]")
-    _check_disk(disk)
+            raise ConfigError(f"disk {text!r}: unknown option {option!r}: write {DISK_FORM}")
+    check_disk(disk)
     return disk
 
 
@@ -139,11 +172,20 @@ def split_com1(spec: str) -> tuple[str, str]:
     raise ConfigError(f"com1 {spec!r}: choose stdio, file:PATH, unix:PATH or none")
 
 
-def _check_disk(disk: DiskConfig) -> None:
+def check_disk(disk: DiskConfig) -> None:
+    """Raise ConfigError unless the parts of `disk` fit together; looks at no file."""
     if not disk.path:
         raise ConfigError("a disk needs a path")
     if not 0 <= disk.controller < MAX_CONTROLLERS:
         raise ConfigError(f"disk {disk.path}: controller {disk.controller} is not 0 to {MAX_CONTROLLERS - 1}")
+    if disk.lun is not None and not 0 <= disk.lun < MAX_LUNS:
+        raise ConfigError(f"disk {disk.path}: lun {disk.lun} is not 0 to {MAX_LUNS - 1}")
+    if disk.format is not None and disk.format not in DISK_FORMATS:
+        raise ConfigError(f"disk {disk.path}: format {disk.format!r}: choose {', '.join(DISK_FORMATS)}")
+    if disk.iops is not None and disk.iops < MIN_IOPS:
+        raise ConfigError(f"disk {disk.path}: iops {disk.iops} is less than {MIN_IOPS}")
+    if disk.bandwidth is not None and disk.bandwidth < MIN_BANDWIDTH:
+        raise ConfigError(f"disk {disk.path}: bandwidth {disk.bandwidth} is less than {format_size(MIN_BANDWIDTH)}/s")
 
 
 def validate(config: VmConfig) -> None:
@@ -168,12 +210,7 @@ def validate(config: VmConfig) -> None:
         raise ConfigError(f"memory: {config.memory} bytes is not a multiple of {_PAGE_SIZE}")
     if config.timeout is not None and not 0 < config.timeout < 1e9:
         raise ConfigError(f"timeout: {config.timeout} is not a positive number of seconds")
-    on_controller = [0] * MAX_CONTROLLERS
-    for disk in config.disks:
-        _check_disk(disk)
-        on_controller[disk.controller] += 1
-        if on_controller[disk.controller] > MAX_LUNS:
-            raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
+    _check_places(config.disks)
     split_com1(config.com1)
     from enlightenments.selection import parse_spec  # only where a VM is to be built, not for `pyvmm ctl`
 
@@ -185,13 +222,28 @@ def validate(config: VmConfig) -> None:
         raise ConfigError("a disk needs the enlightenment vmbus, because its controller is a VMBus device")
 
 
+def _check_places(disks: list[DiskConfig]) -> None:
+    on_controller = [0] * MAX_CONTROLLERS
+    taken: set[tuple[int, int]] = set()
+    for disk in disks:
+        check_disk(disk)
+        on_controller[disk.controller] += 1
+        if on_controller[disk.controller] > MAX_LUNS:
+            raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
+        if disk.lun is not None:
+            if (disk.controller, disk.lun) in taken:
+                raise ConfigError(f"disk {disk.path}: lun {disk.lun} of controller {disk.controller} is taken")
+            taken.add((disk.controller, disk.lun))
+
+
 def check_files(config: VmConfig) -> None:
     """Raise ConfigError for the first file that `config` names and that cannot be opened as it asks."""
     for what, path in (("kernel", config.kernel), ("initrd", config.initrd), ("firmware", config.firmware)):
         if path is not None:
             _check_file(what, path, os.R_OK)
     for disk in config.disks:
-        _check_file("disk", disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK)
+        readonly = disk.readonly or disk.format == "iso" or disk.path.lower().endswith(".iso")
+        _check_file("disk", disk.path, os.R_OK if readonly else os.R_OK | os.W_OK)
 
 
 def _check_file(what: str, path: str, mode: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -18,9 +18,12 @@ from enlightenments.selection import PROFILES, SETTINGS
 from pyvmm.core import toml_file
 from pyvmm.machine.config import (
     DESCRIPTIONS,
+    DISK_FORMATS,
     MAX_CONTROLLERS,
     MAX_CPUS,
+    MAX_LUNS,
     MAX_NAME,
+    MIN_IOPS,
     ConfigError,
     DiskConfig,
     VmConfig,
@@ -49,7 +52,16 @@ def _struct(cls: type, replaced: dict[str, Any]) -> type[msgspec.Struct]:
     return msgspec.defstruct(cls.__name__, fields, forbid_unknown_fields=True)
 
 
-_Disk = _struct(DiskConfig, {"controller": Annotated[int, msgspec.Meta(ge=0, lt=MAX_CONTROLLERS)]})
+_Disk = _struct(
+    DiskConfig,
+    {
+        "controller": Annotated[int, msgspec.Meta(ge=0, lt=MAX_CONTROLLERS)],
+        "lun": Annotated[int, msgspec.Meta(ge=0, lt=MAX_LUNS)] | None,
+        "format": Literal[*DISK_FORMATS] | None,
+        "iops": Annotated[int, msgspec.Meta(ge=MIN_IOPS)] | None,
+        "bandwidth": int | str | None,
+    },
+)
 _Vm = _struct(
     VmConfig,
     {
@@ -87,10 +99,7 @@ def parse(text: bytes, path: str) -> VmConfig:
             values["memory"] = parse_size(values["memory"])
         except ConfigError as error:
             raise ConfigError(f"{path}: memory: {error}") from error
-    values["disks"] = [
-        DiskConfig(os.path.join(folder, disk.path) if disk.path else "", disk.readonly, disk.controller)
-        for disk in values["disks"]
-    ]
+    values["disks"] = [_disk(disk, folder, f"{path}: disks[{index}]") for index, disk in enumerate(values["disks"])]
     for name in ("kernel", "initrd", "firmware", "control"):
         if values[name]:
             values[name] = os.path.join(folder, values[name])
@@ -109,6 +118,18 @@ def parse(text: bytes, path: str) -> VmConfig:
     return VmConfig(**values)
 
 
+def _disk(loaded: Any, folder: str, where: str) -> DiskConfig:
+    values: dict[str, Any] = msgspec.structs.asdict(loaded)
+    if values["path"]:
+        values["path"] = os.path.join(folder, values["path"])
+    if isinstance(values["bandwidth"], str):
+        try:
+            values["bandwidth"] = parse_size(values["bandwidth"])
+        except ConfigError as error:
+            raise ConfigError(f"{where}.bandwidth: {error}") from error
+    return DiskConfig(**values)
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of a VM file."""
     return msgspec.json.schema(_Vm)
@@ -117,7 +138,10 @@ def schema() -> dict[str, Any]:
 def to_dict(config: VmConfig) -> dict[str, Any]:
     """Every field of `config` as plain data, in the order of its definition."""
     values: dict[str, Any] = {name: getattr(config, name) for name in VmConfig.__annotations__}
-    values["disks"] = [vars(disk) for disk in config.disks]
+    values["disks"] = [dict(vars(disk)) for disk in config.disks]
+    for disk in values["disks"]:
+        if disk["bandwidth"] is not None:
+            disk["bandwidth"] = format_size(disk["bandwidth"])
     values["memory"] = format_size(config.memory)
     return values
 
@@ -128,7 +152,7 @@ def to_toml(config: VmConfig) -> str:
     disks = values.pop("disks")
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     for disk in disks:
-        lines += ["", "[[disks]]", *(f"{name} = {_toml(value)}" for name, value in disk.items())]
+        lines += ["", "[[disks]]", *(f"{name} = {_toml(value)}" for name, value in disk.items() if value is not None)]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 
-from pyvmm.machine.config import MAX_CONTROLLERS, MAX_LUNS
+from pyvmm.machine.config import MAX_CONTROLLERS, MAX_LUNS, MIN_BANDWIDTH, MIN_IOPS, DiskConfig, check_disk
 from pyvmm.machine.unix_socket import UnixListener
 
 TYPE_CHECKING = False
@@ -29,6 +29,7 @@ MAX_REQUEST = 64 << 10
 MAX_CLIENTS = 8
 DEFAULT_SHUTDOWN_S = 30.0
 _MAX_SHUTDOWN_S = 3600.0
+_MAX_LIMIT = 1 << 50
 #: How long a client may take to read a reply, and how long closing waits for replies under way.
 _SEND_S = 10.0
 _CLOSE_S = 2.0
@@ -47,7 +48,7 @@ class Commands:
         self._name = name
         #: By name: the arguments that a command knows, and what carries it out.
         self._table: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], dict[str, Any]]]] = {
-            "add-disk": (("path", "readonly", "controller"), self._add_disk),
+            "add-disk": (tuple(DiskConfig.__annotations__), self._add_disk),
             "enlightenments": ((), lambda _: machine.enlightenments()),
             "inspect": (("path",), self._inspect),
             "pause": ((), lambda _: self._control(machine.pause)),
@@ -98,13 +99,25 @@ class Commands:
         path = arguments.text("path")
         if not os.path.isabs(path):
             raise RequestError("path: it is not absolute")
-        return self._machine.add_disk(
-            path, arguments.flag("readonly"), arguments.integer("controller", 0, MAX_CONTROLLERS - 1, default=0)
-        )
+        config = DiskConfig(path, arguments.flag("readonly"))
+        config.controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1, default=0)
+        if arguments.has("lun"):
+            config.lun = arguments.integer("lun", 0, MAX_LUNS - 1)
+        if arguments.has("format"):
+            config.format = arguments.text("format")
+        if arguments.has("iops"):
+            config.iops = arguments.integer("iops", MIN_IOPS, _MAX_LIMIT)
+        if arguments.has("bandwidth"):
+            config.bandwidth = arguments.integer("bandwidth", MIN_BANDWIDTH, _MAX_LIMIT)
+        check_disk(config)
+        return self._machine.disks.add(config)
 
     def _remove_disk(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.disks.remove(*self._place(arguments))
+
+    def _place(self, arguments: _Arguments) -> tuple[int, int]:
         controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1)
-        return self._machine.remove_disk(controller, arguments.integer("lun", 0, MAX_LUNS - 1))
+        return controller, arguments.integer("lun", 0, MAX_LUNS - 1)
 
     def _shutdown(self, arguments: _Arguments) -> dict[str, Any]:
         timeout = arguments.seconds("timeout", DEFAULT_SHUTDOWN_S, _MAX_SHUTDOWN_S)
@@ -130,6 +143,9 @@ class _Arguments:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self._values.get(name, default)

@@ -20,22 +20,23 @@ from pyvmm.core.kvm import abi
 from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.kvm.system import System
 from pyvmm.core.memory import GuestMemory
+from pyvmm.machine.config import ConfigError
+from pyvmm.machine.disks import Disks
 from pyvmm.machine.guest_memory import load_guest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from devices.storage.backend import Disk
     from enlightenments.selection import Selection
     from pyvmm.core.kvm.vp import Vp
     from pyvmm.core.trace import GuestLog, Tracer
-    from pyvmm.machine.config import DiskConfig, VmConfig
+    from pyvmm.machine.config import VmConfig
     from pyvmm.machine.console import Console
     from pyvmm.machine.processor import Processor
     from pyvmm.machine.synthetic import SyntheticDevices
 
-EXIT_POWEROFF, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 2, 3, 4, 5, 124
+EXIT_POWEROFF, EXIT_FAILED, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 1, 2, 3, 4, 5, 124
 
 _INSPECT_WAIT_S = 1.0
 
@@ -77,7 +78,7 @@ class Machine:
         self._lifecycle = threading.RLock()  # one of pause, resume, reset, save at a time
         self._synthetic: SyntheticDevices | None = None
         self._synthetic_lock = threading.Lock()
-        self._disks: list[tuple[DiskConfig, Disk]] = []
+        self._disks: Disks | None = None
         try:
             chosen = parse_spec(config.enlightenments)
         except ValueError as error:
@@ -86,36 +87,21 @@ class Machine:
             raise MachineError("--disk needs the enlightenment vmbus: its controller is a VMBus device", EXIT_USAGE)
         self._vmbus = "vmbus" in chosen
         try:
-            self._open_disks()
+            self._disks = Disks(config.disks, self.synthetic)
             self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = load_guest(self.memory, self.config, self._vmbus)
             with System() as system:
                 self._create_vm(system)
                 self._assemble(system, chosen)
-        except (BootError, KvmError, OSError) as error:
+        except (BootError, ConfigError, KvmError, OSError) as error:
             self.close()
-            code = EXIT_USAGE if isinstance(error, BootError) else EXIT_HOST
+            code = EXIT_USAGE if isinstance(error, BootError | ConfigError) else EXIT_HOST
             raise MachineError(str(error), code) from error
         except BaseException:
             self.close()
             raise
 
     # Assembly --------------------------------------------------------------------------------------
-
-    def _open_disks(self) -> None:
-        if not self.config.disks:
-            return
-        for disk in self.config.disks:
-            self._disks.append((disk, self._open_disk(disk)))
-
-    def _open_disk(self, disk: DiskConfig) -> Disk:
-        from devices.storage.backend import DiskError
-        from devices.storage.images import open_image
-
-        try:
-            return open_image(disk.path, disk.readonly)
-        except DiskError as error:
-            raise MachineError(str(error), EXIT_USAGE) from error
 
     def _create_vm(self, system: System) -> None:
         system.require_capabilities()
@@ -276,10 +262,11 @@ class Machine:
 
                 for connection_id in _VMBUS_CONNECTIONS:
                     self.partition.disconnect_message_port(connection_id)
+                assert self._disks is not None
                 self._synthetic = SyntheticDevices(
                     self.partition,
                     self.memory,
-                    self._disks,
+                    self._disks.controllers(),
                     self._tracer,
                     self._log,
                     self._clock,
@@ -379,7 +366,10 @@ class Machine:
             self._state = "stopped"
 
     def close(self) -> None:
-        """End all threads and give everything back; the disks are flushed. Harmless the second time."""
+        """End all threads and give everything back. Harmless the second time.
+
+        The disks are flushed; raises MachineError, with all given back, if one could not be.
+        """
         for processor in getattr(self, "processors", ()):
             processor.end()
         if self._synthetic is not None:
@@ -389,13 +379,13 @@ class Machine:
             self.board.close()
         if getattr(self, "_worker", None) is not None:
             self._worker.stop()
-        for _, disk in self._disks:
-            disk.close()
-        self._disks = []
+        lost = self._disks.close() if self._disks is not None else None
         for processor in getattr(self, "processors", ()):
             processor.vp.close()
         if getattr(self, "_vm", None) is not None:
             self._vm.close()
+        if lost is not None:
+            raise MachineError(lost, EXIT_FAILED)
 
     # Control: any thread ---------------------------------------------------------------------------
 
@@ -437,28 +427,12 @@ class Machine:
             return {"obeyed": False, "message": "the VM has no VMBus, so no integration services"}
         return self.synthetic().shutdown(timeout, restart)
 
-    def add_disk(self, path: str, readonly: bool = False, controller: int = 0) -> dict[str, Any]:
-        """Plug a raw image in; return its controller and LUN."""
-        from pyvmm.machine.config import DiskConfig
-
-        if not self._vmbus:
+    @property
+    def disks(self) -> Disks:
+        """The VM's disks, to plug in and out; raises MachineError for a VM that can have none."""
+        if not self._vmbus or self._disks is None:
             raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
-        config = DiskConfig(path, readonly, controller)
-        disk = self._open_disk(config)
-        try:
-            return self.synthetic().add_disk(config, disk)
-        except ValueError as error:
-            disk.close()
-            raise MachineError(str(error), EXIT_USAGE) from error
-
-    def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
-        """Unplug a disk; return its path."""
-        if not self._vmbus:
-            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
-        try:
-            return self.synthetic().remove_disk(controller, lun)
-        except ValueError as error:
-            raise MachineError(str(error), EXIT_USAGE) from error
+        return self._disks
 
     def inspect(self) -> dict[str, Any]:
         """The whole VM as a JSON tree."""

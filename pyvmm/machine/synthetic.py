@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING
 from devices.synthetic.ic.heartbeat import Heartbeat
 from devices.synthetic.ic.shutdown import Shutdown
 from devices.synthetic.ic.timesync import TimeSync
-from devices.synthetic.storvsp.vsp import LUNS, StorVsp, subchannels_for
+from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.bus import VmBus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from devices.storage.backend import Disk
     from enlightenments.partition import Partition
     from pyvmm.core.clock import Clock
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import GuestLog, Tracer
-    from pyvmm.machine.config import DiskConfig
+    from pyvmm.machine.disks import Slot
 
 _SHUTDOWN_MESSAGES = {
     "accepted": "the guest is shutting down",
@@ -41,7 +40,7 @@ class SyntheticDevices:
         self,
         partition: Partition,
         memory: GuestMemory,
-        disks: list[tuple[DiskConfig, Disk]],
+        controllers: dict[int, dict[int, Slot]],
         tracer: Tracer,
         log: GuestLog,
         clock: Clock,
@@ -49,10 +48,6 @@ class SyntheticDevices:
     ) -> None:
         assert partition.reference is not None
         self._vp_count = partition.vp_count
-        self._disks: dict[int, dict[int, Disk]] = {0: {}}
-        for config, disk in disks:
-            luns = self._disks.setdefault(config.controller, {})
-            luns[_free_lun(luns)] = disk
         self.bus = VmBus(memory, partition, on_error, clock, tracer, log)
         self.shutdown_component = Shutdown(clock)
         # The other components are served by the first one's thread.
@@ -61,35 +56,26 @@ class SyntheticDevices:
         for component in (self.shutdown_component, self.heartbeat, self.timesync):
             self.bus.add_device(component)
         self._controllers: dict[int, StorVsp] = {}
-        for index, luns in sorted(self._disks.items()):
-            self._add_controller(index, luns)
+        for index, slots in controllers.items():
+            self._add_controller(index, slots)
 
-    def _add_controller(self, index: int, luns: dict[int, Disk]) -> StorVsp:
-        controller = StorVsp(index, luns, subchannels_for(self._vp_count))
+    def _add_controller(self, index: int, slots: dict[int, Slot]) -> None:
+        disks = {lun: slot.disk for lun, slot in slots.items()}
+        controller = StorVsp(index, disks, subchannels_for(self._vp_count))
         self._controllers[index] = controller
         self.bus.add_device(controller)
-        return controller
 
-    def add_disk(self, config: DiskConfig, disk: Disk) -> dict[str, Any]:
-        """Plug in a disk at the controller's next free LUN; raises ValueError if there is none."""
-        luns = self._disks.setdefault(config.controller, {})
-        lun = _free_lun(luns)
-        luns[lun] = disk
-        controller = self._controllers.get(config.controller)
+    def plug(self, slot: Slot) -> None:
+        """Show the guest a disk that was not there, on a new controller if it must be."""
+        controller = self._controllers.get(slot.controller)
         if controller is None:
-            self._add_controller(config.controller, luns)
+            self._add_controller(slot.controller, {slot.lun: slot})
         else:
-            controller.add_disk(lun, disk)
-        return {"controller": config.controller, "lun": lun, "path": config.path}
+            controller.add_disk(slot.lun, slot.disk)
 
-    def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
-        """Unplug a disk and close it; raises ValueError if there is none."""
-        if controller not in self._controllers:
-            raise ValueError(f"there is no SCSI controller {controller}")
-        disk = self._controllers[controller].remove_disk(lun)
-        del self._disks[controller][lun]
-        disk.close()
-        return {"controller": controller, "lun": lun, "path": disk.path}
+    def unplug(self, slot: Slot) -> None:
+        """Take a disk away from the guest; return once no command uses it."""
+        self._controllers[slot.controller].remove_disk(slot.lun)
 
     def shutdown(self, timeout: float, restart: bool) -> dict[str, Any]:
         """Ask the guest to shut down; tell whether it obeyed."""
@@ -112,19 +98,9 @@ class SyntheticDevices:
         self.bus.resume()
 
     def close(self) -> None:
-        """End all threads; close the disks."""
+        """End all threads."""
         self.bus.stop()
-        for luns in self._disks.values():
-            for disk in luns.values():
-                disk.close()
 
     def inspect(self) -> dict[str, Any]:
         """The bus with its devices."""
         return self.bus.inspect()
-
-
-def _free_lun(luns: dict[int, Disk]) -> int:
-    for lun in range(LUNS):
-        if lun not in luns:
-            return lun
-    raise ValueError(f"all {LUNS} LUNs of the controller are taken")

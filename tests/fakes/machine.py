@@ -13,6 +13,25 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from pyvmm.machine.config import DiskConfig
+
+
+class FakeDisks:
+    """Remembers in `calls` what was asked of it."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self._calls = calls
+
+    def add(self, config: DiskConfig) -> dict[str, Any]:
+        self._calls.append(("add", {name: value for name, value in vars(config).items() if value is not None}))
+        if "missing" in config.path:
+            raise MachineError(f"disk {config.path}: no such file", 2)
+        return {"controller": config.controller, "lun": 1}
+
+    def remove(self, controller: int, lun: int) -> dict[str, Any]:
+        self._calls.append(("remove", controller, lun))
+        return {"message": "removed"}
+
 
 class FakeMachine:
     """Ends when `stop` or `poweroff` is called, or as `script` says; remembers what was asked of it in `calls`."""
@@ -84,15 +103,9 @@ class FakeMachine:
         self.observed.seconds += 1
         return self.observed.report()
 
-    def add_disk(self, path: str, readonly: bool, controller: int) -> dict[str, Any]:
-        self.calls.append(("add_disk", path, readonly, controller))
-        if "missing" in path:
-            raise MachineError(f"disk {path}: no such file", 2)
-        return {"controller": controller, "lun": 1}
-
-    def remove_disk(self, controller: int, lun: int) -> dict[str, Any]:
-        self.calls.append(("remove_disk", controller, lun))
-        return {"message": "removed"}
+    @property
+    def disks(self) -> FakeDisks:
+        return FakeDisks(self.calls)
 
     def close(self) -> None:
         self.closed = True

@@ -80,10 +80,11 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
     vm: str, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["ctl", vm, "add-disk", "d.img,readonly,controller=2"]) == 0
+    assert main(["ctl", vm, "add-disk", "d.img,readonly,controller=2,iops=50"]) == 0
     assert capsys.readouterr().out == "controller: 2\nlun: 1\n"
     assert main(["ctl", vm, "remove-disk", "2:1"]) == 0
-    assert machine.calls == [("add_disk", str(tmp_path / "d.img"), True, 2), ("remove_disk", 2, 1)]
+    disk = {"path": str(tmp_path / "d.img"), "readonly": True, "controller": 2, "iops": 50}
+    assert machine.calls == [("add", disk), ("remove", 2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,34 @@ def test_a_formatted_size_reads_back_exactly(size: int) -> None:
     assert parse_size(format_size(size)) == size
 
 
+def said(disk: DiskConfig) -> dict[str, Any]:
+    """What was said of a disk, without what was left open."""
+    return {name: value for name, value in vars(disk).items() if value is not None}
+
+
 def test_a_disk_takes_its_options_in_any_order() -> None:
-    assert vars(parse_disk("a.img,controller=2,readonly")) == {"path": "a.img", "readonly": True, "controller": 2}
-    assert vars(parse_disk("a.img")) == {"path": "a.img", "readonly": False, "controller": 0}
+    assert said(parse_disk("a.img,controller=2,readonly")) == {"path": "a.img", "readonly": True, "controller": 2}
+    assert said(parse_disk("a.img")) == {"path": "a.img", "readonly": False, "controller": 0}
+    limited = parse_disk("a,bandwidth=50MiB,format=vhdx,iops=500,lun=63")
+    assert (limited.bandwidth, limited.format, limited.iops, limited.lun) == (50 * MIB, "vhdx", 500, 63)
 
 
-@pytest.mark.parametrize("text", ["", ",readonly", "a,ro", "a,controller=", "a,controller=4", "a,controller=-1", "a,"])
+_BAD_OPTIONS = [
+    "ro",
+    "controller=",
+    "controller=4",
+    "controller=-1",
+    "",
+    "lun=64",
+    "lun",
+    "lun=x",
+    "iops=9",
+    "iops=1e3",
+]
+_BAD_OPTIONS += ["bandwidth=", "bandwidth=65535", "bandwidth=fast", "format=qcow2", "format=", "iops=99999999999999999"]
+
+
+@pytest.mark.parametrize("text", ["", ",readonly", *(f"a,{option}" for option in _BAD_OPTIONS)])
 def test_a_disk_with_a_bad_option_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_disk(text)
@@ -95,6 +117,7 @@ def test_com1_is_one_of_four_kinds() -> None:
         ({"disks": [DiskConfig("d", controller=4)]}, "controller 4"),
         ({"disks": [DiskConfig("")]}, "path"),
         ({"disks": [DiskConfig("d")] * (MAX_LUNS + 1)}, "more than 64 disks"),
+        ({"disks": [DiskConfig("d", lun=7), DiskConfig("e", lun=7)]}, "disk e: lun 7 of controller 0 is taken"),
     ],
 )
 def test_what_makes_no_vm_is_refused_in_one_line(values: dict[str, Any], why: str) -> None:
@@ -134,6 +157,12 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
             check_files(VmConfig(**values))
 
 
+def test_an_iso_image_need_not_be_writable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    (tmp_path / "a.ISO").touch()
+    check_files(VmConfig(disks=[DiskConfig(str(tmp_path / "a.ISO")), DiskConfig(__file__, format="iso")]))
+
+
 def test_a_file_that_may_only_be_read_is_a_disk_only_when_readonly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
     check_files(VmConfig(disks=[DiskConfig(__file__, readonly=True)]))
@@ -148,7 +177,11 @@ def parse(text: str, path: str = "/vms/a.toml") -> VmConfig:
 def test_a_vm_file_sets_fields_and_leaves_the_rest_at_their_defaults() -> None:
     config = parse('kernel = "/k"\nmemory = "2GiB"\ntimeout = 5\n[[disks]]\npath = "/d"\nreadonly = true')
     assert (config.kernel, config.memory, config.timeout, config.cpus) == ("/k", 2 << 30, 5.0, 1)
-    assert [vars(disk) for disk in config.disks] == [{"path": "/d", "readonly": True, "controller": 0}]
+    assert [said(disk) for disk in config.disks] == [{"path": "/d", "readonly": True, "controller": 0}]
+    (limited,) = parse('[[disks]]\npath = "d"\nbandwidth = "1M"\niops = 10\nlun = 5\nformat = "raw"').disks
+    assert said(limited) == {
+        "path": "/vms/d", "readonly": False, "controller": 0, "lun": 5, "format": "raw", "iops": 10, "bandwidth": MIB,
+    }  # fmt: skip
     assert parse("memory = 1048576").memory == MIB
 
 
@@ -171,6 +204,9 @@ def test_relative_paths_count_from_the_vm_files_folder() -> None:
         ("cpus = 65", "a.toml: cpus: expected int <= 64"),
         ("[[disks]]\npath = 3", r"a.toml: disks\[0\].path: expected str, got int"),
         ("[[disks]]\npath = 'a'\n[[disks]]\n", r"a.toml: disks\[1\]: object missing required field path"),
+        ("[[disks]]\npath = 'a'\nlun = 64", r"a.toml: disks\[0\].lun: expected int <= 63"),
+        ("[[disks]]\npath = 'a'\nformat = 'qcow2'", r"a.toml: disks\[0\].format: invalid enum value 'qcow2'"),
+        ("[[disks]]\npath = 'a'\nbandwidth = 'x'", r"a.toml: disks\[0\].bandwidth: 'x' is not a size"),
         ("kernl = 'x'", "a.toml: object contains unknown field kernl"),
         ("disks = 'x'", "a.toml: disks: expected array, got str"),
         ("memory = '2X'", "a.toml: memory: '2X' is not a size"),
@@ -211,7 +247,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 def test_what_is_shown_as_toml_reads_back_as_the_same_vm(
     name: str, cmdline: str, path: str, pages: int, timeout: float | None
 ) -> None:
-    disks = [DiskConfig("/" + path, True, 3), DiskConfig("/x")]
+    disks = [DiskConfig("/" + path, True, 3), DiskConfig("/x", lun=1, format="iso", iops=100, bandwidth=3 * MIB)]
     config = VmConfig(
         name=name, kernel="/" + path, cmdline=cmdline, memory=pages * 4096, timeout=timeout, disks=disks, reboot=False
     )

@@ -69,13 +69,10 @@ def test_shutdown_says_whether_the_guest_obeyed(obeys: bool) -> None:
 
 def test_disks_come_and_go() -> None:
     machine = FakeMachine()
-    assert ask(machine, command="add-disk", path="/d", readonly=True, controller=1) == {
-        "ok": True,
-        "controller": 1,
-        "lun": 1,
-    }
+    disk = {"path": "/d", "readonly": True, "controller": 1, "lun": 1, "format": "vhd", "iops": 10, "bandwidth": 65536}
+    assert ask(machine, command="add-disk", **disk) == {"ok": True, "controller": 1, "lun": 1}
     assert ask(machine, command="remove-disk", controller=1, lun=1)["ok"]
-    assert machine.calls == [("add_disk", "/d", True, 1), ("remove_disk", 1, 1)]
+    assert machine.calls == [("add", disk), ("remove", 1, 1)]
 
 
 def test_inspect_walks_to_a_part_of_the_tree() -> None:
@@ -103,6 +100,10 @@ def test_inspect_walks_to_a_part_of_the_tree() -> None:
         ({"command": "add-disk", "path": "relative"}, "not absolute"),
         ({"command": "add-disk", "path": "/a\0"}, "NUL"),
         ({"command": "add-disk", "path": "/a", "controller": 4}, "controller"),
+        ({"command": "add-disk", "path": "/a", "lun": -1}, "lun"),
+        ({"command": "add-disk", "path": "/a", "iops": 9}, "iops"),
+        ({"command": "add-disk", "path": "/a", "bandwidth": "1M"}, "bandwidth"),
+        ({"command": "add-disk", "path": "/a", "format": "qcow2"}, "choose raw, vhd"),
         ({"command": "add-disk", "path": "/missing"}, "disk /missing: no such file"),
         ({"command": "remove-disk", "controller": 0, "lun": 64}, "lun"),
         ({"command": "remove-disk", "controller": 0}, "lun"),

@@ -1,0 +1,114 @@
+"""The disks of one machine: opened from its configuration, each at its place, plugged in and out while it runs."""
+
+from __future__ import annotations
+
+import threading
+
+from pyvmm.machine.config import MAX_LUNS, ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from devices.storage.backend import Disk
+    from pyvmm.machine.config import DiskConfig
+    from pyvmm.machine.synthetic import SyntheticDevices
+
+
+class Slot:
+    """One disk at its place: `lun` of SCSI controller `controller`."""
+
+    def __init__(self, config: DiskConfig, lun: int, disk: Disk) -> None:
+        self.config = config
+        self.controller = config.controller
+        self.lun = lun
+        self.disk = disk
+
+
+class Disks:
+    """Opens `configs`, whose places `validate` has checked; raises ConfigError with nothing left open.
+
+    `synthetic` gives the controllers; it is only called for a disk that comes or goes later. Methods may be
+    called from any thread; what they refuse is a ConfigError.
+    """
+
+    def __init__(self, configs: Sequence[DiskConfig], synthetic: Callable[[], SyntheticDevices]) -> None:
+        self._synthetic = synthetic
+        self._lock = threading.Lock()  # one disk comes or goes at a time
+        self._slots: dict[tuple[int, int], Slot] = {}
+        try:
+            # Those that say where they go come first, so that the others do not take their places.
+            for config in sorted(configs, key=lambda config: config.lun is None):
+                self._open(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: DiskConfig) -> Slot:
+        from devices.storage.backend import DiskError
+        from devices.storage.images import open_image
+
+        lun = self._place(config)
+        try:
+            disk = open_image(config.path, config.readonly, config.format)
+        except DiskError as error:
+            raise ConfigError(str(error)) from error
+        slot = self._slots[config.controller, lun] = Slot(config, lun, disk)
+        return slot
+
+    def _place(self, config: DiskConfig) -> int:
+        candidates = range(MAX_LUNS) if config.lun is None else (config.lun,)
+        for lun in candidates:
+            if (config.controller, lun) not in self._slots:
+                return lun
+        if config.lun is None:
+            raise ConfigError(f"all {MAX_LUNS} LUNs of controller {config.controller} are taken")
+        raise ConfigError(f"LUN {config.lun} of controller {config.controller} is taken")
+
+    def controllers(self) -> dict[int, dict[int, Slot]]:
+        """The slots by controller and LUN; the first controller is always there, so that it can be filled later."""
+        found: dict[int, dict[int, Slot]] = {0: {}}
+        for (controller, lun), slot in sorted(self._slots.items()):
+            found.setdefault(controller, {})[lun] = slot
+        return found
+
+    def add(self, config: DiskConfig) -> dict[str, Any]:
+        """Plug a disk in; return its place."""
+        synthetic = self._synthetic()
+        with self._lock:
+            slot = self._open(config)
+            synthetic.plug(slot)
+        return {"controller": slot.controller, "lun": slot.lun, "path": config.path}
+
+    def remove(self, controller: int, lun: int) -> dict[str, Any]:
+        """Unplug a disk once no command uses it, and close it."""
+        synthetic = self._synthetic()
+        with self._lock:
+            slot = self._find(controller, lun)
+            synthetic.unplug(slot)
+            del self._slots[controller, lun]
+            lost = _close(slot.disk)
+        if lost is not None:
+            raise ConfigError(lost)
+        return {"controller": controller, "lun": lun, "path": slot.disk.path}
+
+    def _find(self, controller: int, lun: int) -> Slot:
+        slot = self._slots.get((controller, lun))
+        if slot is None:
+            raise ConfigError(f"there is no disk at LUN {lun} of controller {controller}")
+        return slot
+
+    def close(self) -> str | None:
+        """Close all disks: what was written is on stable storage then, or the line returned tells of the first loss."""
+        lost = [_close(slot.disk) for slot in self._slots.values()]
+        self._slots.clear()
+        return next(filter(None, lost), None)
+
+
+def _close(disk: Disk) -> str | None:
+    try:
+        disk.close()
+    except OSError as error:
+        return f"{disk.path}: the guest's last writes may be lost: {error.strerror}"
+    return None

@@ -1,0 +1,98 @@
+"""A machine's disks at their places, without a machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from devices.storage.raw import RawDisk
+from pyvmm.machine.config import ConfigError, DiskConfig
+from pyvmm.machine.disks import Disks, Slot
+
+
+class Controllers:
+    """Stands in for SyntheticDevices; remembers which places came and went."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int]] = []
+
+    def plug(self, slot: Slot) -> None:
+        self.seen.append(("plug", slot.controller, slot.lun))
+
+    def unplug(self, slot: Slot) -> None:
+        self.seen.append(("unplug", slot.controller, slot.lun))
+        os.fstat(cast("RawDisk", slot.disk)._file.fd)  # still open
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    paths = [tmp_path / f"{number}.img" for number in range(4)]
+    for path in paths:
+        path.write_bytes(bytes(512))
+    return [str(path) for path in paths]
+
+
+def disks(*configs: DiskConfig, synthetic: Controllers | None = None) -> Disks:
+    return Disks(configs, lambda: cast("Any", synthetic))
+
+
+def places(found: Disks) -> dict[int, dict[int, str]]:
+    return {
+        controller: {lun: os.path.basename(slot.disk.path) for lun, slot in slots.items()}
+        for controller, slots in found.controllers().items()
+    }
+
+
+def test_disks_take_free_places_around_those_that_have_one(images: list[str]) -> None:
+    first, second, third, fourth = images
+    found = disks(DiskConfig(first), DiskConfig(second, lun=0), DiskConfig(third, controller=2), DiskConfig(fourth))
+    assert places(found) == {0: {0: "1.img", 1: "0.img", 2: "3.img"}, 2: {0: "2.img"}}
+    found.close()
+
+
+def test_the_first_controller_is_there_without_a_disk() -> None:
+    assert places(disks()) == {0: {}}
+
+
+def test_a_disk_that_cannot_be_opened_leaves_none_open(images: list[str]) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match="in use by another VM"):
+        disks(DiskConfig(images[0]), DiskConfig(images[0]))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_disks_are_plugged_in_and_out_at_their_places(images: list[str]) -> None:
+    controllers = Controllers()
+    found = disks(DiskConfig(images[0]), synthetic=controllers)
+    assert found.add(DiskConfig(images[1], controller=3, lun=9)) == {"controller": 3, "lun": 9, "path": images[1]}
+    assert found.add(DiskConfig(images[2]))["lun"] == 1
+    for bad, why in ((DiskConfig(images[3], lun=1), "LUN 1 of controller 0 is taken"), (DiskConfig("/no"), "no such")):
+        with pytest.raises(ConfigError, match=why):
+            found.add(bad)
+    assert found.remove(0, 0) == {"controller": 0, "lun": 0, "path": images[0]}
+    assert controllers.seen == [("plug", 3, 9), ("plug", 0, 1), ("unplug", 0, 0)]
+    with pytest.raises(ConfigError, match="no disk at LUN 0"):
+        found.remove(0, 0)
+    assert found.add(DiskConfig(images[0]))["lun"] == 0  # the place is free, and the image not locked any more
+    found.close()
+
+
+def test_a_flush_that_fails_at_the_end_is_told_and_all_disks_are_closed(
+    images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    found = disks(*map(DiskConfig, images), synthetic=Controllers())
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fdatasync", fail)
+    with pytest.raises(ConfigError, match=r"3.img: the guest's last writes may be lost: Input/output error"):
+        found.remove(0, 3)
+    assert found.close() == f"{images[0]}: the guest's last writes may be lost: Input/output error"
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert found.close() is None
