@@ -9,7 +9,7 @@ say() { echo "setup: $*" >&2; }
 
 missing=()
 need() { dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed || missing+=("$1"); }
-for package in acpica-tools binutils busybox-static e2fsprogs gcc iproute2 kmod libc6-dev make qemu-system-x86 seabios \
+for package in acpica-tools binutils busybox-static e2fsprogs fio gcc iproute2 kmod libc6-dev make qemu-system-x86 seabios \
     util-linux; do
     need "$package"
 done

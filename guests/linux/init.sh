@@ -17,6 +17,17 @@ while read -r module; do
     done
     insmod "/modules/$module" $parameters
 done </modules/order 2>/dev/null
+# root=LABEL=NAME as any initramfs has it; disks have no fixed order. What /sbin/init does there is its own matter.
+for word in $cmdline; do
+    case $word in root=*)
+        for _ in $(seq 100); do device=$(findfs "${word#root=}" 2>/dev/null) && break || sleep 0.1; done
+        mkdir -p /root
+        mount -t ext4 "$device" /root || { echo "init: no disk is ${word#root=}"; exec /sbin/poweroff; }
+        for place in proc sys dev run; do mount -o move "/$place" "/root/$place"; done
+        exec switch_root /root /sbin/init
+        ;;
+    esac
+done
 if [ -e /script ]; then
     sh /script
 else

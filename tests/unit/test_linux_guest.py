@@ -166,3 +166,16 @@ def test_apt_failure_is_one_line_after_one_refresh_of_the_lists(
 def test_results_are_found_among_other_console_lines() -> None:
     console = "[ 1.0] noise\r\nRESULT version=5.3\r\nx RESULT not=this\r\nRESULT sum=a=b c\r\nRESULT version=5.2\r\n"
     assert linux.results(console) == {"version": "5.2", "sum": "a=b c"}
+
+
+def test_root_image_holds_a_system_that_runs_the_script(tmp_path: Path) -> None:
+    image = tmp_path / "root.img"
+    linux.write_root(image, "result answer 42\n", 16)
+    for name, content in (("/script", "result answer 42"), ("/sbin/init", "sh /script")):
+        shown = subprocess.run(
+            ["/sbin/debugfs", "-R", f"cat {name}", image], capture_output=True, text=True, check=True
+        )
+        assert content in shown.stdout
+    assert b"root" in image.read_bytes()[1024 + 120 : 1024 + 136]  # the label: ext4's s_volume_name
+    checked = subprocess.run(["/sbin/e2fsck", "-fn", image], capture_output=True, check=False)
+    assert checked.returncode == 0
