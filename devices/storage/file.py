@@ -90,6 +90,11 @@ class HostFile:
                 f"{self.path}: in use by another VM or tool; stop that first, or open it readonly everywhere"
             ) from None
 
+    def key(self) -> tuple[int, int]:
+        """What tells this file from all others of the host, whatever path led to it: its device and inode."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
     def size(self) -> int:
         """Bytes in the file or device now."""
         return os.lseek(self.fd, 0, os.SEEK_END)

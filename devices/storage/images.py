@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 #: By suffix of the file's name. Content is never asked: a guest can write any header into a raw image.
 SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso"}
 FORMATS = ("raw", "iso")
+#: Formats with differencing disks.
+DIFFERENCING = ("vhd", "vhdx")
 
 
 def format_of(path: str) -> str:
@@ -30,7 +32,22 @@ def open_image(path: str, readonly: bool = False, format: str | None = None) -> 
 
 
 def open_file(file: HostFile, kind: str) -> Disk:
-    """The disk in an open `file`, which it closes, also when it raises DiskError."""
+    """The disk in an open `file` with its parents; it closes `file`, also when this raises DiskError."""
+    disk = open_layer(file, kind)
+    if kind in DIFFERENCING:
+        from devices.storage.chain import Layer, open_parents
+
+        assert isinstance(disk, Layer)
+        try:
+            open_parents(disk)
+        except BaseException:
+            disk.close()
+            raise
+    return disk
+
+
+def open_layer(file: HostFile, kind: str) -> Disk:
+    """What an open `file` alone makes; of a differencing disk that is not all that can be read."""
     from devices.storage.raw import IsoDisk, RawDisk
 
     return IsoDisk(file) if kind == "iso" else RawDisk(file)

@@ -168,6 +168,9 @@ class CrashFile(HostFile):
         self._countdown = steps + 1
         self._error = error
 
+    def key(self) -> tuple[int, int]:
+        return 0, id(self.medium)
+
     def size(self) -> int:
         self._enter()
         return self.medium.size
