@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from devices.synthetic.storvsp import inquiry, sense
+from devices.storage import sense
+from devices.storage.cdb import Op
+from devices.storage.sense import Sense
+from devices.synthetic.storvsp import inquiry
 from devices.synthetic.storvsp.lun import Lun, Outcome
-from devices.synthetic.storvsp.scsi import Op
-from devices.synthetic.storvsp.sense import Sense
 from tests.fakes.disks import MemoryDisk
 
 SIZE = 1 << 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from devices.storage import plans
+from devices.storage.sense import INVALID_FIELD_IN_CDB, Sense, from_os_error
 from devices.synthetic.storvsp import scsi
-from devices.synthetic.storvsp.sense import INVALID_FIELD_IN_CDB, Sense, from_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,58 +56,58 @@ class Lun:
         """
         count.commands += 1
         plan = self.target.plan(cdb, length, data_in)
-        if isinstance(plan, scsi.Parameters):
+        if isinstance(plan, plans.Parameters):
             plan = plan.parse(b"".join(first(buffer, plan.length)))
         try:
             outcome = self._carry_out(plan, buffer, length, data_in, count)
         except OSError as error:
-            outcome = Outcome(0, from_os_error(error, not isinstance(plan, scsi.Read | scsi.Verify)))
+            outcome = Outcome(0, from_os_error(error, not isinstance(plan, plans.Read | plans.Verify)))
         if outcome.sense is not None:
             count.errors += 1
         return outcome
 
     def _carry_out(
-        self, plan: scsi.Plan, buffer: Sequence[memoryview], length: int, data_in: bool, count: Counters
+        self, plan: plans.Plan, buffer: Sequence[memoryview], length: int, data_in: bool, count: Counters
     ) -> Outcome:
         disk = self.disk
         match plan:
-            case scsi.Read(offset, size):
+            case plans.Read(offset, size):
                 disk.read(offset, buffer if size == length else first(buffer, size))
                 count.reads += 1
                 count.bytes_read += size
                 return Outcome(size)
-            case scsi.Write(offset, size, fua):
+            case plans.Write(offset, size, fua):
                 disk.write(offset, buffer if size == length else first(buffer, size))
                 count.writes += 1
                 count.bytes_written += size
                 if fua:
                     disk.flush()
                 return Outcome(size)
-            case scsi.Reply(data):
+            case plans.Reply(data):
                 if data and length and not data_in:
                     return Outcome(0, INVALID_FIELD_IN_CDB)
                 return Outcome(fill(buffer, data))
-            case scsi.Fail(sense):
+            case plans.Fail(sense):
                 return Outcome(0, sense)
-            case scsi.Flush():
+            case plans.Flush():
                 disk.flush()
                 count.flushes += 1
-            case scsi.Verify(offset, size):
+            case plans.Verify(offset, size):
                 disk.read(offset, [memoryview(bytearray(size))])
-            case scsi.Unmap(ranges):
+            case plans.Unmap(ranges):
                 for offset, size in ranges:
                     disk.trim(offset, size)
                     count.discards += 1
                 return Outcome(length)
-            case scsi.Fill():
+            case plans.Fill():
                 self._fill(plan)
                 count.writes += 1
                 return Outcome(length)
-            case scsi.Parameters():
+            case plans.Parameters():
                 raise AssertionError("parameters lead to parameters")
         return Outcome()
 
-    def _fill(self, plan: scsi.Fill) -> None:
+    def _fill(self, plan: plans.Fill) -> None:
         if plan.discard and self.disk.trim_zeroes and not any(plan.block):
             self.disk.trim(plan.offset, plan.length)
             return

@@ -10,10 +10,10 @@ import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from devices.synthetic.storvsp.sense import SENSE_SIZE
+from devices.storage.sense import SENSE_SIZE
 
 if TYPE_CHECKING:
-    from devices.synthetic.storvsp.sense import Sense
+    from devices.storage.sense import Sense
 
 #: The channel type of a SCSI controller.
 INTERFACE_TYPE = "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f"

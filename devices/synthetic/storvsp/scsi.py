@@ -1,18 +1,17 @@
 """A SCSI disk's mind: what a command means for a disk, with no I/O. SPC-4 and SBC-3.
 
-`Target.plan` turns a CDB into one of the plans below; whoever holds the disk and the data buffer carries
-it out. Sizes in plans are bytes.
+`Target.plan` turns a CDB into a plan (`devices.storage.plans`); whoever holds the disk and the data buffer carries
+it out.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from devices.synthetic.storvsp import inquiry
-from devices.synthetic.storvsp.sense import (
+from devices.storage.cdb import CDB_LENGTHS, Op
+from devices.storage.plans import Fail, Fill, Flush, Parameters, Read, Reply, Unmap, Verify, Write
+from devices.storage.sense import (
     INVALID_FIELD_IN_CDB,
     INVALID_FIELD_IN_PARAMETERS,
     INVALID_OPCODE,
@@ -21,130 +20,19 @@ from devices.synthetic.storvsp.sense import (
     PARAMETER_LIST_LENGTH,
     SAVING_NOT_SUPPORTED,
     WRITE_PROTECTED,
-    Sense,
 )
+from devices.synthetic.storvsp import inquiry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from devices.storage.backend import Disk
+    from devices.storage.plans import Plan
 
-
-class Op(IntEnum):
-    """Operation codes."""
-
-    TEST_UNIT_READY = 0x00
-    REQUEST_SENSE = 0x03
-    READ_6 = 0x08
-    WRITE_6 = 0x0A
-    INQUIRY = 0x12
-    MODE_SENSE_6 = 0x1A
-    START_STOP_UNIT = 0x1B
-    READ_CAPACITY_10 = 0x25
-    READ_10 = 0x28
-    WRITE_10 = 0x2A
-    VERIFY_10 = 0x2F
-    SYNCHRONIZE_CACHE_10 = 0x35
-    WRITE_SAME_10 = 0x41
-    UNMAP = 0x42
-    MODE_SENSE_10 = 0x5A
-    READ_16 = 0x88
-    WRITE_16 = 0x8A
-    VERIFY_16 = 0x8F
-    SYNCHRONIZE_CACHE_16 = 0x91
-    WRITE_SAME_16 = 0x93
-    SERVICE_ACTION_IN_16 = 0x9E
-    REPORT_LUNS = 0xA0
-    READ_12 = 0xA8
-    WRITE_12 = 0xAA
-
-
-def op_name(code: int) -> str:
-    """The operation's name, or its number if it is none of ours."""
-    try:
-        return Op(code).name
-    except ValueError:
-        return f"{code:#04x}"
-
-
-#: CDB length by group code, the top three bits of the opcode; 0 where the length is not fixed. SPC-4 section 4.2.5.
-CDB_LENGTHS = (6, 10, 10, 0, 16, 12, 0, 0)
 
 _READ_CAPACITY_16 = 0x10
 _CACHING_PAGE = 0x08
 _ALL_PAGES = 0x3F
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Done: give the initiator `data`, cut to its buffer."""
-
-    data: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """Refused with CHECK CONDITION."""
-
-    sense: Sense
-
-
-@dataclass(slots=True)
-class Read:
-    """Read into the data buffer."""
-
-    offset: int
-    length: int
-
-
-@dataclass(slots=True)
-class Write:
-    """Write from the data buffer; with `fua` it must be on stable storage before the status is given."""
-
-    offset: int
-    length: int
-    fua: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Read and throw away: is the medium readable?"""
-
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """Bring the cache to stable storage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unmap:
-    """Discard each (offset, length)."""
-
-    ranges: list[tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Repeat `block` all over the range; `discard` allows to do so by discarding if that reads the same."""
-
-    offset: int
-    length: int
-    block: bytes
-    discard: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """First fetch `length` bytes out of the data buffer; `parse` then says the rest."""
-
-    length: int
-    parse: Callable[[bytes], Plan]
-
-
-Plan = Reply | Fail | Read | Write | Verify | Flush | Unmap | Fill | Parameters
 
 
 class Target:

@@ -11,11 +11,11 @@ import threading
 import uuid
 from typing import TYPE_CHECKING
 
+from devices.storage.cdb import Op, op_name
+from devices.storage.sense import INVALID_FIELD_IN_CDB, LUN_NOT_SUPPORTED, Sense
 from devices.synthetic.storvsp import inquiry, protocol
 from devices.synthetic.storvsp.lun import Lun, Outcome, fill, first
 from devices.synthetic.storvsp.protocol import NtStatus, Operation, ScsiRequest, SrbStatus
-from devices.synthetic.storvsp.scsi import Op, op_name
-from devices.synthetic.storvsp.sense import INVALID_FIELD_IN_CDB, LUN_NOT_SUPPORTED, Sense
 from devices.vmbus.packets import (
     COMPLETION_REQUESTED,
     PACKET_GPA_DIRECT,
