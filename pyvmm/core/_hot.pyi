@@ -184,8 +184,9 @@ class Doorbells:
 class Vp:
     """The run loop of one VP over its KVM file descriptor and run page.
 
-    `pio` and `mmio` have the methods ``read(address, size)`` and ``write(address, size, value)``; `hypervisor`
-    those of `HypervisorCalls`. They are called on the thread that called `run`, with the GIL.
+    `pio` and `mmio` have the methods ``read(address, size)`` and ``write(address, size, value)``, `pio` also
+    ``read_string(address, size, count)``, which returns `size` * `count` bytes, and ``write_string(address, size,
+    data)``; `hypervisor` has those of `HypervisorCalls`. They are called on the thread that called `run`, with the GIL.
     """
 
     hypercalls_enabled: bool

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    #: Base, length, handler, name.
+    _Range = tuple[int, int, "BusHandler", str]
 
 
 class BusHandler:
@@ -20,14 +24,28 @@ class BusHandler:
         """Take a write of `size` bytes at `offset`."""
         raise NotImplementedError
 
+    def read_string(self, offset: int, size: int, count: int) -> bytes:
+        """Return what `count` reads of `size` bytes give: a string instruction such as INS with a repeat prefix."""
+        mask = (1 << (8 * size)) - 1
+        return b"".join([(self.read(offset, size) & mask).to_bytes(size, "little") for _ in range(count)])
+
+    def write_string(self, offset: int, size: int, data: bytes) -> None:
+        """Take `data` as writes of `size` bytes, which divides its length."""
+        for start in range(0, len(data), size):
+            self.write(offset, size, int.from_bytes(data[start : start + size], "little"))
+
 
 class Bus:
-    """Ranges of one address space. Reads that nobody answers give all ones, writes are dropped."""
+    """Ranges of one address space. Reads that nobody answers give all ones, writes are dropped.
+
+    Any VP's thread may access it while another one has ranges come and go.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._bases: list[int] = []
-        self._ranges: list[tuple[int, int, BusHandler, str]] = []
+        self._lock = threading.Lock()  # one range comes or goes at a time
+        # Bases and ranges, lowest first; replaced as one, so that an access finds either the old map or the new one.
+        self._map: tuple[tuple[int, ...], tuple[_Range, ...]] = ((), ())
         #: Accesses that no range answered, by address (at most `_UNCLAIMED_LIMIT` of them).
         self.unclaimed: dict[int, int] = {}
 
@@ -38,20 +56,30 @@ class Bus:
 
         Raises ValueError if the range overlaps one that is registered already.
         """
-        index = bisect_right(self._bases, base)
         if length <= 0:
             raise ValueError(f"{self.name} range {name} at {base:#x} is empty")
-        if index and self._ranges[index - 1][0] + self._ranges[index - 1][1] > base:
-            raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index - 1][3]}")
-        if index < len(self._bases) and base + length > self._bases[index]:
-            raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {self._ranges[index][3]}")
-        self._bases.insert(index, base)
-        self._ranges.insert(index, (base, length, handler, name))
+        with self._lock:
+            bases, ranges = self._map
+            index = bisect_right(bases, base)
+            if index and ranges[index - 1][0] + ranges[index - 1][1] > base:
+                raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {ranges[index - 1][3]}")
+            if index < len(bases) and base + length > bases[index]:
+                raise ValueError(f"{self.name} range {name} at {base:#x} overlaps {ranges[index][3]}")
+            new = (base, length, handler, name)
+            self._map = (*bases[:index], base, *bases[index:]), (*ranges[:index], new, *ranges[index:])
 
-    def _find(self, address: int) -> tuple[int, int, BusHandler, str] | None:
-        index = bisect_right(self._bases, address) - 1
+    def unregister(self, base: int) -> None:
+        """Take the range that begins at `base` away; raises ValueError if there is none."""
+        with self._lock:
+            bases, ranges = self._map
+            index = bases.index(base)
+            self._map = bases[:index] + bases[index + 1 :], ranges[:index] + ranges[index + 1 :]
+
+    def _find(self, address: int) -> _Range | None:
+        bases, ranges = self._map
+        index = bisect_right(bases, address) - 1
         if index >= 0:
-            entry = self._ranges[index]
+            entry = ranges[index]
             if address < entry[0] + entry[1]:
                 return entry
         unclaimed = self.unclaimed
@@ -72,9 +100,22 @@ class Bus:
         if entry is not None:
             entry[2].write(address - entry[0], size, value)
 
+    def read_string(self, address: int, size: int, count: int) -> bytes:
+        """Read `size` bytes at `address`, `count` times."""
+        entry = self._find(address)
+        if entry is None:
+            return b"\xff" * (size * count)
+        return entry[2].read_string(address - entry[0], size, count)
+
+    def write_string(self, address: int, size: int, data: bytes) -> None:
+        """Write all of `data` at `address`, `size` bytes at a time."""
+        entry = self._find(address)
+        if entry is not None:
+            entry[2].write_string(address - entry[0], size, data)
+
     def inspect(self) -> dict[str, Any]:
         """The ranges, lowest first, and what was touched outside them."""
         return {
-            "ranges": [{"base": base, "length": length, "name": name} for base, length, _, name in self._ranges],
+            "ranges": [{"base": base, "length": length, "name": name} for base, length, _, name in self._map[1]],
             "unclaimed": {f"{address:#x}": count for address, count in self.unclaimed.copy().items()},
         }

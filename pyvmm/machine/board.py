@@ -44,6 +44,18 @@ class TracedBus(Bus):
         self._tracer.line("io", f"{self.name} write {address:#x} size {size} = {value:#x}")
         super().write(address, size, value)
 
+    def read_string(self, address: int, size: int, count: int) -> bytes:
+        """Read and tell."""
+        data = super().read_string(address, size, count)
+        self._tracer.line("io", f"{self.name} read {address:#x} size {size} * {count} = {data.hex(' ', size)}")
+        return data
+
+    def write_string(self, address: int, size: int, data: bytes) -> None:
+        """Write and tell."""
+        count = len(data) // size
+        self._tracer.line("io", f"{self.name} write {address:#x} size {size} * {count} = {data.hex(' ', size)}")
+        super().write_string(address, size, data)
+
 
 class Board:
     """All legacy devices, registered and wired.

@@ -77,6 +77,50 @@ def test_ranges_may_touch() -> None:
     assert [bus.read(address, 1) for address in (0x17, 0x18, 0x1F, 0x20)] == [0x10, 0x18, 0x18, 0x20]
 
 
+def test_string_accesses_are_single_ones_to_a_handler_that_knows_no_better() -> None:
+    bus, register = Bus("pio"), Register(0x12345)
+    bus.register(0x40, 4, register, "register")
+    assert bus.read_string(0x41, 2, 3) == bytes.fromhex("452345234523")
+    bus.write_string(0x42, 2, bytes.fromhex("01020304"))
+    assert register.asked == [*[("read", 1, 2)] * 3, ("write", 2, 2, 0x0201), ("write", 2, 2, 0x0403)]
+
+
+def test_string_accesses_that_nobody_answers_read_as_ones_and_swallow_writes() -> None:
+    bus = Bus("pio")
+    assert bus.read_string(0x1F0, 4, 2) == b"\xff" * 8
+    bus.write_string(0x1F0, 2, bytes(4))
+
+
+def test_a_range_that_went_is_nobodys_and_may_be_taken_again() -> None:
+    bus = Bus("pio")
+    for base in (0x10, 0x18, 0x20):
+        bus.register(base, 8, Register(base), str(base))
+    bus.unregister(0x18)
+    assert [bus.read(address, 1) for address in (0x17, 0x18, 0x20)] == [0x10, 0xFF, 0x20]
+    bus.register(0x1C, 4, Register(0x1C), "new")
+    assert [bus.read(address, 1) for address in (0x1B, 0x1C, 0x20)] == [0xFF, 0x1C, 0x20]
+    with pytest.raises(ValueError, match="not in"):
+        bus.unregister(0x18)
+
+
+def test_an_access_finds_its_range_while_others_come_and_go() -> None:
+    bus = Bus("pio")
+    bus.register(0x100, 8, Register(0x42), "steady")
+    done = threading.Event()
+
+    def churn() -> None:
+        for base in [*range(0, 0x100, 8), *range(0x108, 0x1000, 8)] * 4:
+            bus.register(base, 8, Register(), "fleeting")
+            bus.unregister(base)
+        done.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    wrong = sum(bus.read(0x104, 1) != 0x42 for _ in iter(done.is_set, True))
+    thread.join()
+    assert wrong == 0
+
+
 def test_what_the_guest_touches_in_vain_is_counted_but_bounded() -> None:
     bus = Bus("pio")
     for address in range(1000):

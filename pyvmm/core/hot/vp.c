@@ -147,6 +147,24 @@ static bool bus_access(PyObject *bus, bool write, uint64_t address, unsigned siz
 	return !PyErr_Occurred();
 }
 
+// A string instruction: several accesses to one port at once.
+static bool bus_string(PyObject *bus, bool write, uint64_t address, unsigned size, unsigned count, uint8_t *data)
+{
+	Py_ssize_t length = (Py_ssize_t)size * count;
+	if (write)
+		return hot_vp_call_done(hot_vp_call(bus, "write_string", "(KIy#)", address, size, data, length));
+	PyObject *result = hot_vp_call(bus, "read_string", "(KII)", address, size, count);
+	if (!result)
+		return false;
+	bool fits = PyBytes_Check(result) && PyBytes_GET_SIZE(result) == length;
+	if (fits)
+		memcpy(data, PyBytes_AS_STRING(result), length);
+	else
+		PyErr_Format(PyExc_ValueError, "the bus answers a read of %zd bytes with something else", length);
+	Py_DECREF(result);
+	return fits;
+}
+
 // Exits -----------------------------------------------------------------------------------------------------
 
 static bool on_io(VpObject *self, struct gil *gil)
@@ -161,10 +179,9 @@ static bool on_io(VpObject *self, struct gil *gil)
 			return hot_vp_hypercall(self, gil, port == PORT_HYPERCALL_64);
 	}
 	uint8_t *data = (uint8_t *)run + run->io.data_offset;
-	bool ok = true;
 	PyEval_RestoreThread(gil->saved);
-	for (unsigned i = 0; ok && i < run->io.count; i++)
-		ok = bus_access(self->pio, write, port, run->io.size, data + i * run->io.size);
+	bool ok = run->io.count == 1 ? bus_access(self->pio, write, port, run->io.size, data)
+				     : bus_string(self->pio, write, port, run->io.size, run->io.count, data);
 	gil->saved = PyEval_SaveThread();
 	return ok;
 }

@@ -18,6 +18,17 @@ static PyObject *answer_read(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ar
 	return PyLong_FromUnsignedLongLong(draw());
 }
 
+static PyObject *answer_string(PyObject *Py_UNUSED(module), PyObject *args)
+{
+	unsigned long long address;
+	unsigned size, count;
+	if (!PyArg_ParseTuple(args, "KII", &address, &size, &count))
+		fail("a string access's arguments are not what they should be");
+	if (one_in(500))
+		return PyErr_Format(PyExc_LookupError, INJECTED);
+	return PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size * count);
+}
+
 static PyObject *answer_done(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
 	if (one_in(500))
@@ -45,6 +56,8 @@ static PyObject *answer_hypercall(PyObject *Py_UNUSED(module), PyObject *args)
 static PyMethodDef stub_methods[] = {
 	{"read", answer_read, METH_VARARGS, NULL},
 	{"write", answer_done, METH_VARARGS, NULL},
+	{"read_string", answer_string, METH_VARARGS, NULL},
+	{"write_string", answer_done, METH_VARARGS, NULL},
 	{"read_msr", answer_value, METH_VARARGS, NULL},
 	{"write_msr", answer_done, METH_VARARGS, NULL},
 	{"hypercall", answer_hypercall, METH_VARARGS, NULL},
