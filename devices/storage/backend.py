@@ -17,6 +17,24 @@ class DiskError(Exception):
     """A disk cannot be used. The message is one line for the user: which path, what is wrong, what to do."""
 
 
+class Finding:
+    """One thing that a check of an image found.
+
+    `severity` is "error" where data is lost or wrong, or where the image is refused, and "warning" where nothing but
+    room or speed is. `repaired` says that it is put right now, or was already while the image was opened.
+    """
+
+    __slots__ = ("message", "repaired", "severity")
+
+    def __init__(self, severity: str, message: str, repaired: bool = False) -> None:
+        self.severity = severity
+        self.message = message
+        self.repaired = repaired
+
+    def __repr__(self) -> str:
+        return f"Finding({self.severity}, {self.message!r}, repaired={self.repaired})"
+
+
 class Extent:
     """A stretch of a disk, in bytes, that is stored one way: `kind` is DATA, ZERO or PARENT."""
 

@@ -32,7 +32,15 @@ _BLK_RANGE = struct.Struct("QQ")
 _BLKDISCARD = 0x1277
 _BLKZEROOUT = 0x127F
 
+#: linux/fs.h; ioctl_ficlonerange(2) tells the errors.
+_FICLONE = 0x4004_9409
+
 _CANNOT_TRIM = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+_CANNOT_CLONE = (*_CANNOT_TRIM, errno.EXDEV, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY)
+
+
+class InUse(DiskError):
+    """Another process has the image, or this one has it twice."""
 
 
 class HostFile:
@@ -40,20 +48,22 @@ class HostFile:
 
     The lock is an open-file-description lock on the whole file, exclusive for a writer and shared for
     readers, so two VMs cannot write one image. Raises DiskError from its making; afterwards what goes wrong is an
-    OSError. Methods may be called from several threads at once.
+    OSError. Methods may be called from several threads at once. With `lock` false a reader looks at what others may be
+    writing.
     """
 
-    def __init__(self, path: str, readonly: bool = False) -> None:
+    def __init__(self, path: str, readonly: bool = False, lock: bool = True) -> None:
         self.path = path
         self.readonly = readonly
         #: For code that does I/O past this object (the C fast path); -1 once closed.
         self.fd = -1
         self._open()
-        try:
-            self._lock()
-        except BaseException:
-            self.close()
-            raise
+        if lock:
+            try:
+                self._lock()
+            except BaseException:
+                self.close()
+                raise
 
     def _open(self) -> None:
         flags = os.O_CLOEXEC | (os.O_RDONLY if self.readonly else os.O_RDWR)
@@ -69,15 +79,34 @@ class HostFile:
             raise DiskError(f"{self.path}: {_explain(error, self.readonly)}") from None
 
     @classmethod
-    def create(cls, path: str) -> HostFile:
-        """Make an empty file, opened for writing and locked; raises DiskError, also if the path is taken."""
+    def create(cls, path: str, name: str = "") -> HostFile:
+        """Make an empty file, opened for writing and locked; raises DiskError, also if the path is taken.
+
+        `name` is the path that it will have once it is complete, and by which messages and its children call it.
+        """
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         except FileExistsError:
             raise DiskError(f"{path}: exists already; choose another name") from None
         except OSError as error:
-            raise DiskError(f"{path}: cannot be created: {error.strerror}") from None
-        return cls(path)
+            raise DiskError(f"{name or path}: cannot be created: {error.strerror}") from None
+        file = cls(path)
+        file.path = name or path
+        return file
+
+    def allocate(self, length: int) -> None:
+        """Give the first `length` bytes of a regular file their room now, so that writing them cannot lack any."""
+        os.posix_fallocate(self.fd, 0, length)
+
+    def clone(self, source: HostFile) -> bool:
+        """Share all of the data of `source`, copied only once one of the two is written; False where that cannot be."""
+        try:
+            fcntl.ioctl(self.fd, _FICLONE, source.fd)
+        except OSError as error:
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            return False
+        return True
 
     def _lock(self) -> None:
         kind = fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK
@@ -86,7 +115,7 @@ class HostFile:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise DiskError(f"{self.path}: cannot be locked: {error.strerror}; put it on a local disk") from None
-            raise DiskError(
+            raise InUse(
                 f"{self.path}: in use by another VM or tool; stop that first, or open it readonly everywhere"
             ) from None
 

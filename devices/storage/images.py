@@ -7,7 +7,7 @@ from devices.storage.file import HostFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from devices.storage.backend import Disk
+    from devices.storage.backend import Disk, Finding
 
 #: By suffix of the file's name. Content is never asked: a guest can write any header into a raw image.
 SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso"}
@@ -23,12 +23,10 @@ def format_of(path: str) -> str:
     return SUFFIXES.get(name[dot:], "raw") if dot >= 0 else "raw"
 
 
-def open_image(path: str, readonly: bool = False, format: str | None = None) -> Disk:
-    """Open and lock the image at `path`; raises DiskError."""
-    kind = format or format_of(path)
-    if kind not in FORMATS:
-        raise DiskError(f"{path}: unknown format {kind}; choose from {', '.join(FORMATS)}")
-    return open_file(HostFile(path, readonly or kind == "iso"), kind)
+def open_image(path: str, readonly: bool = False, format: str | None = None, lock: bool = True) -> Disk:
+    """Open the image at `path`, locked unless `lock` is false, which only readers may ask for; raises DiskError."""
+    kind = known(path, format)
+    return open_file(HostFile(path, readonly or kind == "iso", lock), kind)
 
 
 def open_file(file: HostFile, kind: str) -> Disk:
@@ -51,3 +49,27 @@ def open_layer(file: HostFile, kind: str) -> Disk:
     from devices.storage.raw import IsoDisk, RawDisk
 
     return IsoDisk(file) if kind == "iso" else RawDisk(file)
+
+
+def check_image(path: str, format: str | None = None, repair: bool = False) -> list[Finding]:
+    """What is wrong with the image at `path`, and with `repair` put right where that is safe.
+
+    Its parents are only looked at as far as it takes to open them. Raises DiskError for what is no image at all,
+    OSError if the medium fails.
+    """
+    kind = known(path, format)
+    file = HostFile(path, readonly=not repair)
+    try:
+        from devices.storage.raw import check
+
+        return check(file, repair, 2048 if kind == "iso" else 512)
+    finally:
+        file.close()
+
+
+def known(path: str, format: str | None) -> str:
+    """`format`, or the one that the suffix of `path` tells; raises DiskError if it is none of ours."""
+    kind = format or format_of(path)
+    if kind not in FORMATS:
+        raise DiskError(f"{path}: unknown format {kind}; choose from {', '.join(FORMATS)}")
+    return kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from devices.storage.backend import DATA, ZERO, Disk, DiskError, Extent
+from devices.storage.backend import DATA, ZERO, Disk, DiskError, Extent, Finding
 from devices.storage.file import HostFile
 
 TYPE_CHECKING = False
@@ -79,6 +79,10 @@ class RawDisk(Disk):
         self._file.truncate(size)
         self.size = size
 
+    def clone(self, source: RawDisk) -> bool:
+        """Share all data of `source`, a disk of this size, where the file system can; False where it cannot."""
+        return self._file.clone(source._file)
+
     def close(self) -> None:
         try:
             if self._file.fd >= 0 and not self.readonly:
@@ -105,3 +109,27 @@ class IsoDisk(RawDisk):
 
     def resize(self, size: int) -> None:
         raise DiskError(f"{self.path}: an iso image cannot be resized")
+
+
+def create(file: HostFile, size: int, sector_size: int = 512, physical_sector_size: int = 4096) -> RawDisk:
+    """Give the empty `file` a disk of `size` bytes; raises DiskError, OSError if the medium fails."""
+    try:
+        file.truncate(size)
+    except BaseException:
+        file.close()
+        raise
+    return RawDisk(file, sector_size, physical_sector_size)
+
+
+def check(file: HostFile, repair: bool, sector_size: int) -> list[Finding]:
+    """All that can be wrong with an image that has no structure: its size. Missing bytes are added as zeros."""
+    size = file.size()
+    if size == 0:
+        return [Finding("error", "empty: it has lost everything, or was never given a size")]
+    if size % sector_size == 0:
+        return []
+    if repair:
+        file.truncate(size + -size % sector_size)
+        file.flush()
+    what = f"{size} bytes is not a multiple of the {sector_size}-byte sector: it may have been cut short"
+    return [Finding("error", what, repaired=repair)]

@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from devices.storage.backend import Disk
+from devices.storage.backend import DATA, PARENT, ZERO, Disk, Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class MemoryDisk(Disk):
@@ -72,6 +72,53 @@ class MemoryDisk(Disk):
         self.gate.wait(30)
         if self.fail is not None:
             raise self.fail
+
+
+class LayeredDisk(MemoryDisk):
+    """A disk that differs from `parent` in the sectors that were written, trimmed ones among them."""
+
+    def __init__(self, size: int, parent: MemoryDisk | None = None, name: str = "layered") -> None:
+        super().__init__(size, name=name)
+        self.parent = parent
+        self.kinds = [ZERO if parent is None else PARENT] * (size // 512)
+
+    def read(self, offset: int, views: Sequence[memoryview]) -> None:
+        assert all(len(view) % 512 == 0 for view in views)
+        for view in views:
+            for at in range(0, len(view), 512):
+                kind = self.kinds[(offset + at) // 512]
+                piece = view[at : at + 512]
+                if kind == DATA:
+                    super().read(offset + at, [piece])
+                elif kind == PARENT and self.parent is not None and offset + at < self.parent.size:
+                    self.parent.read(offset + at, [piece])
+                else:
+                    piece[:] = bytes(512)
+            offset += len(view)
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        super().write(offset, views)
+        self._mark(offset, sum(map(len, views)), DATA)
+
+    def trim(self, offset: int, length: int) -> None:
+        super().trim(offset, length)
+        self._mark(offset, length, ZERO)
+
+    def resize(self, size: int) -> None:
+        self.data = self.data[:size].ljust(size, b"\0")
+        self.kinds = self.kinds[: size // 512] + [ZERO] * ((size - self.size) // 512)
+        self.size = size
+
+    def layer_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        end = offset + length
+        while offset < end:
+            start, kind = offset, self.kinds[offset // 512]
+            while offset < end and self.kinds[offset // 512] == kind:
+                offset += 512
+            yield Extent(start, offset - start, kind)
+
+    def _mark(self, offset: int, length: int, kind: str) -> None:
+        self.kinds[offset // 512 : (offset + length) // 512] = [kind] * (length // 512)
 
 
 def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:

@@ -1,0 +1,159 @@
+"""Copying between disks of any format: no hole is read, and no zeros are written where zeros are already."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from devices.storage.backend import DATA, ZERO, DiskError
+from devices.storage.raw import RawDisk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from devices.storage.backend import Disk, Extent
+
+    #: Told how far it is: a byte offset on the disk, which never falls.
+    Progress = Callable[[int], None]
+
+#: What one thread moves at once, and the size of zeros that are worth a hole.
+CHUNK = 1 << 20
+_BLOCK = 4096
+_ZERO_BLOCK = bytearray(_BLOCK)  # a bytearray compares itself with any buffer by memcmp
+_ZERO_CHUNK = bytearray(CHUNK)
+#: Threads that read and write, for the GIL is free meanwhile; more only help where a medium has latency.
+_THREADS = min(4, (os.cpu_count() or 1) + 1)
+
+
+def ignore(_: int) -> None:
+    """Progress that nobody watches."""
+
+
+def copy_disk(source: Disk, target: Disk, progress: Progress = ignore, share: bool = True) -> None:
+    """Write what `source` holds to `target`, a blank disk at least as large; raises DiskError or OSError.
+
+    With `share`, raw images may come to share their data where the file system can do that. Nothing is flushed. An
+    OSError names the path of the disk that failed.
+    """
+    if source.size > target.size:
+        raise DiskError(f"{target.path}: {target.size} bytes is too small for the {source.size} of {source.path}")
+    plain = isinstance(source, RawDisk) and isinstance(target, RawDisk) and source.size == target.size
+    if share and plain and target.clone(source):  # type: ignore[attr-defined]
+        progress(source.size)
+        return
+    copy_extents(source, target, source.extents(0, source.size), progress, blank=True)
+
+
+def copy_extents(
+    source: Disk, target: Disk, extents: Iterable[Extent], progress: Progress = ignore, blank: bool = False
+) -> None:
+    """Write the DATA and ZERO among `extents` of `source` to `target`, and leave the rest of it alone.
+
+    `blank` says that `target` reads as zeros wherever it is to be written. Otherwise as `copy_disk`.
+    """
+
+    def move(extent: Extent, buffer: memoryview) -> None:
+        offset, length = extent.offset, extent.length
+        if extent.kind == ZERO:
+            with blaming(target):
+                target.write_zeros(offset, length)
+            return
+        view = buffer[:length]
+        with blaming(source):
+            source.read(offset, [view])
+        with blaming(target):
+            if blank:
+                for start, end in _runs(view):
+                    target.write(offset + start, [view[start:end]])
+            elif view == _ZERO_CHUNK:
+                target.write_zeros(offset, length)
+            else:
+                target.write(offset, [view])
+
+    kinds = (DATA,) if blank else (DATA, ZERO)
+    in_parallel((piece for extent in extents if extent.kind in kinds for piece in pieces(extent)), move, progress)
+
+
+def pieces(extent: Extent) -> Iterator[Extent]:
+    """The parts of a DATA extent that one thread takes at once, cut where offsets are multiples of CHUNK."""
+    if extent.kind != DATA:
+        yield extent
+        return
+    offset, end = extent.offset, extent.offset + extent.length
+    while offset < end:
+        stop = min(end, offset - offset % CHUNK + CHUNK)
+        yield type(extent)(offset, stop - offset, DATA)
+        offset = stop
+
+
+def _runs(view: memoryview) -> Iterator[tuple[int, int]]:
+    """(start, end) of what is not zeros in a chunk, in whole blocks."""
+    length = len(view)
+    start = -1
+    for at in range(0, length, _BLOCK):
+        if view[at : at + _BLOCK] == _ZERO_BLOCK:
+            if start >= 0:
+                yield start, at
+                start = -1
+        elif start < 0:
+            start = at
+    if start >= 0:
+        yield start, length
+
+
+class blaming:  # noqa: N801 - used like a function
+    """Have an OSError inside name the disk that it came from."""
+
+    __slots__ = ("_disk",)
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = self._disk.path
+
+
+def in_parallel(work: Iterator[Extent], do: Callable[[Extent, memoryview], None], progress: Progress) -> None:
+    """Take the extents of `work` in order, on several threads, each with a buffer of CHUNK bytes.
+
+    The first exception ends it, also one that a signal handler raises here, and is raised once all threads stand
+    still.
+    """
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+    stop = False
+
+    def take() -> Extent | None:
+        with lock:
+            extent = None if stop else next(work, None)
+            if extent is not None:
+                progress(extent.offset)
+            return extent
+
+    def run() -> None:
+        nonlocal stop
+        buffer = memoryview(bytearray(CHUNK))
+        try:
+            while (extent := take()) is not None:
+                do(extent, buffer)
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            errors.append(error)
+            stop = True
+
+    threads = [threading.Thread(target=run, name=f"copy-{number}") for number in range(_THREADS)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        stop = True
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,130 @@
+"""Making disk images: beside the place where they belong, so that nobody ever finds half of one there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+from devices.storage.backend import DiskError
+from devices.storage.file import HostFile
+from devices.storage.images import known
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devices.storage.backend import Disk
+
+KINDS = ("dynamic", "fixed", "differencing")
+
+
+@contextmanager
+def new_file(path: str, force: bool = False) -> Iterator[HostFile]:
+    """A file to fill, which takes the place of `path` when the block ends, durably; after an exception nothing is left.
+
+    The block closes the file. With `force` it replaces a file of that name, which stays as it is until then; raises
+    DiskError if that is in use.
+    """
+    place = os.path.realpath(path) if force else path
+    old: HostFile | None = None
+    if os.path.lexists(place):
+        if not force:
+            raise DiskError(f"{path}: exists already; choose another name, or replace it with --force")
+        old = HostFile(place)
+    folder, name = os.path.split(place)
+    beside = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
+    try:
+        if old is not None and old.is_block:
+            raise DiskError(f"{path}: a block device; only convert writes to one")
+        file = HostFile.create(beside, path)
+        try:
+            yield file
+            if old is not None:
+                _resemble(beside, place)
+                os.replace(beside, place)
+            else:
+                _move(beside, place)
+        except BaseException:
+            file.close()
+            if os.path.exists(beside):
+                os.unlink(beside)
+            raise
+        _sync_folder(folder or ".")
+    finally:
+        if old is not None:
+            old.close()
+
+
+def _move(beside: str, place: str) -> None:
+    """Rename, but over nothing: the name is taken first, since rename(2) asks nobody."""
+    try:
+        os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise DiskError(f"{place}: somebody else made it meanwhile; choose another name") from None
+    os.replace(beside, place)
+
+
+def _resemble(beside: str, place: str) -> None:
+    """Owner and mode as they were."""
+    was = os.stat(place)
+    try:
+        os.chown(beside, was.st_uid, was.st_gid)
+    except PermissionError:
+        pass
+    os.chmod(beside, was.st_mode & 0o7777)
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_image(
+    path: str,
+    size: int | None,
+    format: str | None = None,
+    *,
+    force: bool = False,
+    kind: str | None = None,
+    block_size: int | None = None,
+    sector_size: int = 512,
+    physical_sector_size: int = 4096,
+    parent: str | None = None,
+) -> Iterator[Disk]:
+    """A zeroed disk to fill, whose image takes the place of `path` when the block ends, as with `new_file`.
+
+    `kind` is one of KINDS: "dynamic" takes room as it is written, "fixed" all of it at once. `size` may only be
+    None with a `parent`, whose size it is then. Raises DiskError for what cannot be made, OSError if the medium fails.
+    """
+    form = known(path, format)
+    kind = kind or ("differencing" if parent is not None else "dynamic")
+    if form in ("raw", "iso") and (block_size is not None or kind == "differencing"):
+        raise DiskError(f"{path}: a {form} image has neither blocks nor a parent; make a vhd or vhdx image")
+    if (kind == "differencing") != (parent is not None):
+        raise DiskError(f"{path}: a differencing image has a parent, others do not; give --parent or another kind")
+    if size is None:
+        raise DiskError(f"{path}: no size; give one, such as 8G")
+    if not 0 < size < 1 << 63:
+        raise DiskError(f"{path}: {size} bytes is no size for a disk; give one such as 8G")
+    if form == "iso" and size % 2048:
+        raise DiskError(f"{path}: {size} bytes is not a multiple of the 2048-byte sectors of a CD or DVD")
+    with new_file(path, force) as file:
+        from devices.storage.raw import create
+
+        disk: Disk = create(file, size, sector_size, physical_sector_size)
+        try:
+            if kind == "fixed":
+                file.allocate(file.size())
+            yield disk
+        finally:
+            disk.close()
+
+
+def create_image(path: str, size: int | None, format: str | None = None, **options: object) -> None:
+    """Make an image as `new_image` does, and leave it at zeros."""
+    with new_image(path, size, format, **options):  # type: ignore[arg-type]
+        pass
