@@ -252,7 +252,8 @@ def _check_file(what: str, path: str, mode: int) -> None:
     if os.path.isdir(path):
         raise ConfigError(f"{what} {path}: it is a directory")
     if not os.path.exists(path):
-        raise ConfigError(f"{what} {path}: no such file")
+        remedy = "; make it with pyvmm disk create" if what == "disk" else ""
+        raise ConfigError(f"{what} {path}: no such file{remedy}")
     if not os.access(path, mode):
         kind = "written (add ,readonly to only read it)" if os.access(path, os.R_OK) else "read"
         raise ConfigError(f"{what} {path}: it cannot be {kind}: permission denied")
