@@ -1,13 +1,23 @@
-"""SCSI sense data: why a command failed. SPC-4 section 4.5, codes of its annex F."""
+"""How a SCSI command ended: its status, and sense data that say why. SPC-4 section 4.5, codes of its annex F; SAM-5."""
 
 from __future__ import annotations
 
 import errno
 import struct
+from enum import IntEnum
 from typing import NamedTuple
 
 #: Bytes of fixed-format sense data as we send it.
 SENSE_SIZE = 18
+
+
+class ScsiStatus(IntEnum):
+    """SAM-5 section 5.3.1."""
+
+    GOOD = 0x00
+    CHECK_CONDITION = 0x02
+    RESERVATION_CONFLICT = 0x18
+    TASK_SET_FULL = 0x28
 
 
 class Sense(NamedTuple):

@@ -129,9 +129,17 @@ class VmBus(Device, Actions):
             self._run(lambda: self._force_close(vsp.name))
         del self._gone[vsp.name]
         del self._devices[vsp.name]
+        self._detach(vsp)
+        return released
+
+    def _detach(self, vsp: Vsp) -> None:
         for worker in vsp.workers:
             worker.stop()
-        return released
+        vsp.detached()
+
+    def failed(self, error: BaseException) -> None:
+        """A device ran into `error` on a thread of its own; any thread."""
+        self._on_error(error)
 
     def _offers_of(self, name: str) -> list[Offer]:
         return [offer for offer in self._server.offers if offer.device == name]
@@ -382,8 +390,7 @@ class VmBus(Device, Actions):
             self.ports.disconnect_message_port(connection_id)
         self._run(self._server.disconnect)
         for vsp in self._devices.values():
-            for worker in vsp.workers:
-                worker.stop()
+            self._detach(vsp)
         self._worker.stop()
         os.close(self._space)
         os.close(self._shared)

@@ -75,6 +75,9 @@ class Vsp(Device):
         self.bus = bus
         self.workers = workers
 
+    def detached(self) -> None:
+        """The device is off its bus, its channels closed and its workers ended: end what `attached` began."""
+
     def worker_for(self, subchannel_index: int) -> Worker:
         """Name the worker that serves a channel."""
         return self.workers[subchannel_index % len(self.workers)]

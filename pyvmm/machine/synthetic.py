@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from devices.synthetic.ic.heartbeat import Heartbeat
 from devices.synthetic.ic.shutdown import Shutdown
 from devices.synthetic.ic.timesync import TimeSync
+from devices.synthetic.storvsp.qos import Limits
 from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.bus import VmBus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from enlightenments.partition import Partition
@@ -57,11 +58,12 @@ class SyntheticDevices:
             self.bus.add_device(component)
         self._controllers: dict[int, StorVsp] = {}
         for index, slots in controllers.items():
-            self._add_controller(index, slots)
+            self._add_controller(index, slots.values())
 
-    def _add_controller(self, index: int, slots: dict[int, Slot]) -> None:
-        disks = {lun: slot.disk for lun, slot in slots.items()}
-        controller = StorVsp(index, disks, subchannels_for(self._vp_count))
+    def _add_controller(self, index: int, slots: Iterable[Slot]) -> None:
+        controller = StorVsp(index, {}, subchannels_for(self._vp_count))
+        for slot in slots:
+            _plug(controller, slot)
         self._controllers[index] = controller
         self.bus.add_device(controller)
 
@@ -69,9 +71,9 @@ class SyntheticDevices:
         """Show the guest a disk that was not there, on a new controller if it must be."""
         controller = self._controllers.get(slot.controller)
         if controller is None:
-            self._add_controller(slot.controller, {slot.lun: slot})
+            self._add_controller(slot.controller, [slot])
         else:
-            controller.add_disk(slot.lun, slot.disk)
+            _plug(controller, slot)
 
     def unplug(self, slot: Slot) -> None:
         """Take a disk away from the guest; return once no command uses it."""
@@ -104,3 +106,9 @@ class SyntheticDevices:
     def inspect(self) -> dict[str, Any]:
         """The bus with its devices."""
         return self.bus.inspect()
+
+
+def _plug(controller: StorVsp, slot: Slot) -> None:
+    iops, bandwidth = slot.config.iops, slot.config.bandwidth
+    limits = Limits(iops, bandwidth) if iops is not None or bandwidth is not None else None
+    controller.add_disk(slot.lun, slot.disk, limits)

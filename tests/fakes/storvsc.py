@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
+from devices.synthetic.storvsp.lane import Lane
 from devices.vmbus.packets import (
     COMPLETION_REQUESTED,
     PACKET_COMPLETION,
@@ -14,6 +15,7 @@ from devices.vmbus.packets import (
 )
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory, GuestMemoryError
 from pyvmm.core.trace import Tracer
+from tests.fakes.board import ManualClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -247,13 +249,24 @@ class Loopback:
             self.broken = str(error)
 
 
+class InlineLane(Lane):
+    """Carries jobs out on the spot."""
+
+    def submit(self, job: Callable[[], object]) -> None:
+        job()
+
+
 class LoopbackBus:
-    """Stands in for the bus: memory, a tracer, and a note of the sub-channels asked for."""
+    """Stands in for the bus: memory, a tracer, a clock that stands still, and a note of the sub-channels asked for."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.tracer = Tracer()
+        self.clock = ManualClock()
         self.subchannels: list[int] = []
+
+    def failed(self, error: BaseException) -> None:
+        raise error
 
     def offer_subchannels(self, vsp: StorVsp, count: int) -> None:
         self.subchannels.append(count)

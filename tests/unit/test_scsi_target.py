@@ -30,7 +30,11 @@ class Initiator:
     def run(self, cdb: bytes, data: bytearray, data_in: bool) -> Outcome:
         cut = min(len(data), 100)
         views = [memoryview(data)[:cut], memoryview(data)[cut:]]
-        return self.lun.execute(cdb, views, len(data), data_in, self.lun.counters[0])
+        plan = self.lun.plan(cdb, views, len(data), data_in)
+        outcome = self.lun.carry_out(plan, views, len(data))
+        self.lun.count(plan, outcome, 0)
+        assert (outcome.status == 2) == (outcome.sense is not None)
+        return outcome
 
     def get(self, cdb: bytes, size: int = 512) -> bytes:
         """Run a data-in command that must succeed; return what it transferred."""
@@ -264,7 +268,7 @@ def test_host_errors_become_sense_data(number: int, on_read: object, on_write: o
     assert code(initiator.fails(rw10(Op.WRITE_10, 0, 1), 512, data_in=False)) == on_write
     assert code(initiator.fails(rw16(Op.WRITE_SAME_16, 0, 1), 512, data_in=False)) == on_write
     assert code(initiator.fails(rw10(Op.SYNCHRONIZE_CACHE_10, 0, 0))) == on_write
-    assert initiator.lun.counters[0].errors == 4
+    assert initiator.lun.inspect()["errors"] == 4
     initiator.disk.fail = None
     initiator.get(rw10(Op.READ_10, 0, 1))
 
@@ -426,5 +430,6 @@ def test_counters_count() -> None:
     assert found.pop("disk")["size"] == SIZE
     assert found == {
         "commands": 4, "reads": 1, "writes": 1, "bytes_read": 512, "bytes_written": 1024,
-        "flushes": 1, "discards": 1, "errors": 0,
+        "flushes": 1, "discards": 1, "errors": 0, "limits": None,
+        "latency_us": {"read": {"1": 1}, "write": {"1": 1}, "flush": {"1": 1}},
     }  # fmt: skip

@@ -23,6 +23,7 @@ from tests.fakes.storvsc import (
     OLD_BODY,
     READ_TYPE,
     WRITE_TYPE,
+    InlineLane,
     Loopback,
     LoopbackBus,
     StorVsc,
@@ -62,7 +63,9 @@ class Rig:
     def __init__(self, disks: dict[int, Any] | None = None, subchannels: int = 0, body: int = 0x34, **how: Any) -> None:
         self.memory = GuestMemory(1 << 20)
         self.bus = LoopbackBus(self.memory)
-        self.vsp = StorVsp(0, {0: MemoryDisk(SIZE)} if disks is None else disks, subchannels, **how)
+        self.vsp = StorVsp(
+            0, {0: MemoryDisk(SIZE)} if disks is None else disks, subchannels, make_lane=InlineLane, **how
+        )
         self.vsp.attached(cast("VmBus", self.bus), ())
         self.end = Loopback(self.vsp, self.memory)
         self.guest = StorVsc(self.end, PAGES, body)
@@ -72,7 +75,7 @@ class Rig:
         return self.guest
 
     def disk(self, lun: int = 0) -> MemoryDisk:
-        return cast("MemoryDisk", self.vsp._luns[lun].disk)
+        return cast("MemoryDisk", self.vsp._commands.luns[lun].disk)
 
 
 # The handshake ------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def test_completion_is_as_long_as_its_request_up_to_the_largest(size: int) -> No
     assert len(answer) == 12 + min(size, 0x34)
 
 
-@pytest.mark.parametrize(("vps", "channels"), [(1, 0), (2, 1), (4, 3), (64, 3)])
+@pytest.mark.parametrize(("vps", "channels"), [(1, 0), (2, 1), (4, 3), (16, 15), (64, 15)])
 def test_sub_channels_follow_the_number_of_vps(vps: int, channels: int) -> None:
     assert subchannels_for(vps) == channels
 

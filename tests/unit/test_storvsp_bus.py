@@ -21,6 +21,8 @@ from tests.unit.test_storvsp import ENUMERATE, SIZE, TEST_UNIT_READY, read10, wr
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pyvmm.core.clock import Clock
+
 PATIENCE = 30.0
 BUFFER_PAGES = 130
 
@@ -28,7 +30,10 @@ BUFFER_PAGES = 130
 class Rig:
     """One controller on a bus, and a guest that has opened its primary channel."""
 
-    def __init__(self, disks: dict[int, MemoryDisk], subchannels: int = 0, vmbus: int = V5_3) -> None:
+    def __init__(
+        self, disks: dict[int, MemoryDisk], subchannels: int = 0, vmbus: int = V5_3, clock: Clock | None = None
+    ) -> None:
+        self.clock = clock
         self.memory = GuestMemory(4 << 20)
         self.errors: list[BaseException] = []
         self.buses: list[VmBus] = []
@@ -40,7 +45,7 @@ class Rig:
     def plug(self, disks: dict[int, MemoryDisk], subchannels: int) -> StorVsp:
         """Make a bus with a controller."""
         self.ports = FakePorts()
-        self.buses.append(VmBus(self.memory, self.ports, self.errors.append))
+        self.buses.append(VmBus(self.memory, self.ports, self.errors.append, self.clock))
         vsp = StorVsp(0, disks, subchannels)
         self.bus.add_device(vsp)
         return vsp

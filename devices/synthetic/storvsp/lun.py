@@ -5,111 +5,130 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from devices.storage import plans
-from devices.storage.sense import INVALID_FIELD_IN_CDB, Sense, from_os_error
+from devices.storage.backend import DiskError
+from devices.storage.sense import (
+    INVALID_FIELD_IN_CDB,
+    READ_ERROR,
+    WRITE_ERROR,
+    ScsiStatus,
+    Sense,
+    from_os_error,
+)
 from devices.synthetic.storvsp import scsi
+from devices.synthetic.storvsp.statistics import FLUSH, READ, WRITE, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
     from devices.storage.backend import Disk
+    from devices.synthetic.storvsp.qos import Limits
 
 _FILL_CHUNK = 1 << 20
 
 
 class Outcome(NamedTuple):
-    """How a command ended: bytes moved, and sense data if it ended with CHECK CONDITION."""
+    """How a command ended: bytes moved, and SCSI status, with sense data for CHECK CONDITION."""
 
     transferred: int = 0
+    status: ScsiStatus = ScsiStatus.GOOD
     sense: Sense | None = None
 
 
-class Counters:
-    """What one queue did to one logical unit; only that queue's thread counts."""
-
-    NAMES = ("commands", "reads", "writes", "bytes_read", "bytes_written", "flushes", "discards", "errors")
-    __slots__ = NAMES
-
-    def __init__(self) -> None:
-        self.commands = self.reads = self.writes = self.bytes_read = self.bytes_written = 0
-        self.flushes = self.discards = self.errors = 0
+def failed(sense: Sense) -> Outcome:
+    """The outcome that `sense` explains."""
+    return Outcome(0, ScsiStatus.CHECK_CONDITION, sense)
 
 
 class Lun:
-    """One logical unit, served by `queues` queues; `execute` may run on several threads at once."""
+    """One logical unit in front of `disk`; any thread, several at once."""
 
-    def __init__(self, disk: Disk, identity: bytes, queues: int = 1) -> None:
+    def __init__(self, disk: Disk, identity: bytes, limits: Limits | None = None) -> None:
         self.disk = disk
         self.target = scsi.Target(disk, identity)
-        self.counters = [Counters() for _ in range(queues)]
+        self.limits = limits
+        self.statistics = Statistics()
+        #: Set once the unit is being taken away: nothing new is to begin.
+        self.gone = False
 
     def inspect(self) -> dict[str, Any]:
-        """Return the disk and the counters, summed over the queues."""
-        totals = {name: sum(getattr(counters, name) for counters in self.counters) for name in Counters.NAMES}
-        return {"disk": self.disk.inspect(), **totals}
+        """Return the disk, its limits, counters and latencies."""
+        limits = self.limits.inspect() if self.limits is not None else None
+        return {"disk": self.disk.inspect(), "limits": limits, **self.statistics.inspect()}
 
-    def execute(self, cdb: bytes, buffer: Sequence[memoryview], length: int, data_in: bool, count: Counters) -> Outcome:
-        """Carry out one command to its end.
+    def plan(self, cdb: bytes, buffer: Sequence[memoryview], length: int, data_in: bool) -> plans.Plan:
+        """What to do for a command, without doing it.
 
-        `buffer` is the initiator's data buffer, `length` bytes in all and writable if `data_in`. Errors of
-        the medium become sense data.
+        `buffer` is the initiator's data buffer, `length` bytes in all and writable if `data_in`.
         """
-        count.commands += 1
         plan = self.target.plan(cdb, length, data_in)
         if isinstance(plan, plans.Parameters):
             plan = plan.parse(b"".join(first(buffer, plan.length)))
-        try:
-            outcome = self._carry_out(plan, buffer, length, data_in, count)
-        except OSError as error:
-            outcome = Outcome(0, from_os_error(error, not isinstance(plan, plans.Read | plans.Verify)))
-        if outcome.sense is not None:
-            count.errors += 1
-        return outcome
+        if isinstance(plan, plans.Reply) and plan.data and length and not data_in:
+            return plans.Fail(INVALID_FIELD_IN_CDB)
+        return plan
 
-    def _carry_out(
-        self, plan: plans.Plan, buffer: Sequence[memoryview], length: int, data_in: bool, count: Counters
-    ) -> Outcome:
+    def carry_out(self, plan: plans.Plan, buffer: Sequence[memoryview], length: int) -> Outcome:
+        """Do what `plan` says. What goes wrong in reaching the medium becomes sense data."""
+        try:
+            return self._carry_out(plan, buffer, length)
+        except OSError as error:
+            return failed(from_os_error(error, not isinstance(plan, plans.Read | plans.Verify)))
+        except DiskError:
+            return failed(READ_ERROR if isinstance(plan, plans.Read | plans.Verify) else WRITE_ERROR)
+
+    def _carry_out(self, plan: plans.Plan, buffer: Sequence[memoryview], length: int) -> Outcome:
         disk = self.disk
         match plan:
             case plans.Read(offset, size):
                 disk.read(offset, buffer if size == length else first(buffer, size))
-                count.reads += 1
-                count.bytes_read += size
                 return Outcome(size)
             case plans.Write(offset, size, fua):
                 disk.write(offset, buffer if size == length else first(buffer, size))
-                count.writes += 1
-                count.bytes_written += size
                 if fua:
                     disk.flush()
                 return Outcome(size)
             case plans.Reply(data):
-                if data and length and not data_in:
-                    return Outcome(0, INVALID_FIELD_IN_CDB)
                 return Outcome(fill(buffer, data))
             case plans.Fail(sense):
-                return Outcome(0, sense)
+                return failed(sense)
             case plans.Flush():
                 disk.flush()
-                count.flushes += 1
             case plans.Verify(offset, size):
                 disk.read(offset, [memoryview(bytearray(size))])
             case plans.Unmap(ranges):
                 for offset, size in ranges:
                     disk.trim(offset, size)
-                    count.discards += 1
                 return Outcome(length)
             case plans.Fill():
                 self._fill(plan)
-                count.writes += 1
                 return Outcome(length)
             case plans.Parameters():
                 raise AssertionError("parameters lead to parameters")
         return Outcome()
 
+    def count(self, plan: plans.Plan, outcome: Outcome, latency_ns: int) -> None:
+        """Note how a command went."""
+        if outcome.status:
+            self.statistics.count(None, latency_ns, errors=1)
+            return
+        match plan:
+            case plans.Read(_, size):
+                self.statistics.count(READ, latency_ns, reads=1, bytes_read=size)
+            case plans.Write(_, size, _):
+                self.statistics.count(WRITE, latency_ns, writes=1, bytes_written=size)
+            case plans.Fill():
+                self.statistics.count(WRITE, latency_ns, writes=1)
+            case plans.Flush():
+                self.statistics.count(FLUSH, latency_ns, flushes=1)
+            case plans.Unmap(ranges):
+                self.statistics.count(None, latency_ns, discards=len(ranges))
+            case _:
+                self.statistics.count(None, latency_ns)
+
     def _fill(self, plan: plans.Fill) -> None:
-        if plan.discard and self.disk.trim_zeroes and not any(plan.block):
-            self.disk.trim(plan.offset, plan.length)
+        if plan.discard and not any(plan.block):
+            self.disk.write_zeros(plan.offset, plan.length)
             return
         pattern = memoryview(plan.block * (min(plan.length, _FILL_CHUNK) // len(plan.block)))
         offset, end = plan.offset, plan.offset + plan.length

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from devices.storage.sense import SENSE_SIZE
 
 if TYPE_CHECKING:
-    from devices.storage.sense import Sense
+    from devices.storage.sense import ScsiStatus, Sense
 
 #: The channel type of a SCSI controller.
 INTERFACE_TYPE = "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f"
@@ -41,6 +41,7 @@ class NtStatus(IntEnum):
     """The header's status, of a packet as a whole."""
 
     SUCCESS = 0
+    DEVICE_BUSY = 0x8000_0011
     INVALID_PARAMETER = 0xC000_000D
     INVALID_DEVICE_REQUEST = 0xC000_0010
     REVISION_MISMATCH = 0xC000_0059
@@ -54,14 +55,12 @@ class SrbStatus(IntEnum):
 
     SUCCESS = 0x01
     ERROR = 0x04
+    BUSY = 0x05
     INVALID_REQUEST = 0x06
     INVALID_LUN = 0x20
 
 
 SRB_AUTOSENSE_VALID = 0x80
-
-SCSI_GOOD = 0x00
-SCSI_CHECK_CONDITION = 0x02
 
 #: Protocol versions (major << 8 | minor) and the Windows they came with: Vista, 7, 8, 8.1, 10.
 WIN6, WIN7, WIN8, WIN8_1, WIN10 = 0x0200, 0x0402, 0x0501, 0x0600, 0x0602
@@ -77,6 +76,7 @@ SRB = struct.Struct("<HBB4BBBBBI20s")
 #: Windows 8 added queue tag and action, SRB flags, timeout and sort key, none of which matters to us.
 SRB_SIZE_MAX = 0x34
 CDB_SIZE_MAX = 16
+LUN_OFFSET = 7
 SENSE_AREA = 20
 _DATA_OUT = 0
 
@@ -117,19 +117,20 @@ def completion(status: int, request_size: int, body: bytes = b"") -> bytes:
     return HEADER.pack(Operation.COMPLETE_IO, 0, status) + body.ljust(min(request_size, SRB_SIZE_MAX), b"\0")
 
 
-def scsi_completion(status: SrbStatus, sense: Sense | None, transferred: int, request_size: int) -> bytes:
+def scsi_completion(
+    srb: SrbStatus, scsi: ScsiStatus, sense: Sense | None, transferred: int, request_size: int
+) -> bytes:
     """COMPLETE_IO for EXECUTE_SRB."""
-    srb_status, scsi_status, sense_data = int(status), SCSI_GOOD, b""
-    if sense is not None:
-        srb_status, scsi_status, sense_data = status | SRB_AUTOSENSE_VALID, SCSI_CHECK_CONDITION, sense.encode()
+    flags, sense_data = (SRB_AUTOSENSE_VALID, sense.encode()) if sense is not None else (0, b"")
     size = min(request_size, SRB_SIZE_MAX)
-    body = SRB.pack(size, srb_status, scsi_status, 0, 0, 0, 0, CDB_SIZE_MAX, SENSE_SIZE, 0, 0, transferred, sense_data)
-    return completion(_NT_STATUS[status], request_size, body)
+    body = SRB.pack(size, srb | flags, scsi, 0, 0, 0, 0, CDB_SIZE_MAX, SENSE_SIZE, 0, 0, transferred, sense_data)
+    return completion(_NT_STATUS[srb], request_size, body)
 
 
 _NT_STATUS = {
     SrbStatus.SUCCESS: NtStatus.SUCCESS,
     SrbStatus.ERROR: NtStatus.IO_DEVICE_ERROR,
+    SrbStatus.BUSY: NtStatus.DEVICE_BUSY,
     SrbStatus.INVALID_REQUEST: NtStatus.IO_DEVICE_ERROR,
     SrbStatus.INVALID_LUN: NtStatus.DEVICE_DOES_NOT_EXIST,
 }
