@@ -15,13 +15,19 @@ class Op(IntEnum):
     INQUIRY = 0x12
     MODE_SENSE_6 = 0x1A
     START_STOP_UNIT = 0x1B
+    PREVENT_ALLOW_MEDIUM_REMOVAL = 0x1E
     READ_CAPACITY_10 = 0x25
     READ_10 = 0x28
     WRITE_10 = 0x2A
+    SEEK_10 = 0x2B
     VERIFY_10 = 0x2F
     SYNCHRONIZE_CACHE_10 = 0x35
     WRITE_SAME_10 = 0x41
     UNMAP = 0x42
+    READ_TOC = 0x43
+    GET_CONFIGURATION = 0x46
+    GET_EVENT_STATUS_NOTIFICATION = 0x4A
+    READ_DISC_INFORMATION = 0x51
     MODE_SENSE_10 = 0x5A
     READ_16 = 0x88
     WRITE_16 = 0x8A
@@ -32,6 +38,9 @@ class Op(IntEnum):
     REPORT_LUNS = 0xA0
     READ_12 = 0xA8
     WRITE_12 = 0xAA
+    SET_CD_SPEED = 0xBB
+    MECHANISM_STATUS = 0xBD
+    READ_CD = 0xBE
 
 
 def op_name(code: int) -> str:
