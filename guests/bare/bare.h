@@ -150,7 +150,11 @@ static inline u64 address_of(const volatile void *pointer)
     return (ulong)pointer;
 }
 
-/* Halt until `condition` holds; false after `milliseconds` by the TSC. The guest has idle() and tsc_per_ms. */
+/* The guest's own. */
+extern u64 tsc_per_ms;
+void idle(void); /* interrupts on, halt until one was taken, interrupts off */
+
+/* Halt until `condition` holds; false after `milliseconds` by the TSC. */
 #define WAIT_UNTIL(condition, milliseconds)                       \
     ({                                                            \
         u64 deadline_ = rdtsc() + (milliseconds) * tsc_per_ms;    \

@@ -30,16 +30,24 @@ def cache_dir() -> Path:
 
 
 def build(
-    name: str, source: Path, cache: Path | None = None, *, flags: Iterable[str] = (), elf32: bool = False
+    name: str,
+    source: Path,
+    cache: Path | None = None,
+    *,
+    pieces: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    elf32: bool = False,
 ) -> Path:
     """Return the path of ``NAME.elf``, made of `source` and the shared pieces if it has not been before.
 
-    `source` holds C and assembly files and one linker script. `flags` go to gcc. A 64-bit guest of a loader that only
-    takes 32-bit files is turned into one with `elf32`. Raises BuildError if a tool is missing or fails.
+    `source` holds C and assembly files and one linker script. `pieces` are folders of the shared ones that not every
+    guest needs; `flags` go to gcc. A 64-bit guest of a loader that only takes 32-bit files is turned into one with
+    `elf32`. Raises BuildError if a tool is missing or fails.
     """
     (script,) = source.glob("*.ld")
-    sources = sorted(path for folder in (source, SHARED) for path in (*folder.glob("*.c"), *folder.glob("*.S")))
-    headers = sorted((*source.glob("*.h"), *SHARED.glob("*.h")))
+    folders = [source, SHARED, *(SHARED / piece for piece in pieces)]
+    sources = sorted(path for folder in folders for path in (*folder.glob("*.c"), *folder.glob("*.S")))
+    headers = sorted(path for folder in folders for path in folder.glob("*.h"))
     flags = [*_FLAGS, *flags]
     digest = hashlib.sha256(" ".join([*flags, str(elf32)]).encode())
     for path in [*sources, *headers, script]:

@@ -55,7 +55,6 @@ u32 vps_start(void); /* returns how many are online, with the first */
 void vp_begin(u32 number, void (*job)(void));
 bool vp_finished(u32 number); /* waits for it */
 bool vp_run(u32 number, void (*job)(void));
-void idle(void); /* interrupts on, halt until one was taken, interrupts off */
 void let_ticks_pass(u32 ticks); /* of the watchdog, with interrupts on: time for what must not come */
 void take_interrupts(void); /* all those that are pending now */
 u32 apic_read(u32 offset);
@@ -91,7 +90,6 @@ _Noreturn void report_done(void);
 
 /* cpuid.c */
 extern u32 privileges_eax, privileges_ebx, privileges_edx, hints;
-extern u64 tsc_per_ms;
 void cpuid_read(void);
 
 /* hypercall.c, start.S */

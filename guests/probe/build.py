@@ -11,4 +11,4 @@ SOURCE = Path(__file__).parent
 
 def build(cache: Path | None = None) -> Path:
     """Return the path of the probe's ELF file, built if need be. Raises BuildError."""
-    return build_guest("probe", SOURCE, cache)
+    return build_guest("probe", SOURCE, cache, pieces=["vmbus"])

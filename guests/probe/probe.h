@@ -6,7 +6,7 @@
 #ifndef PROBE_H
 #define PROBE_H
 
-#include "../bare/hyperv.h"
+#include "../bare/vmbus/vmbus.h"
 
 #define MAX_VPS 64u
 #define STACK_SIZE 16384u
@@ -46,12 +46,10 @@ struct platform {
 
 extern struct platform platform;
 extern u32 privileges_eax, privileges_ebx, privileges_edx;
-extern u64 tsc_per_ms;
 extern struct reference_tsc reference_tsc_page;
 extern u8 scratch[2 * PAGE_SIZE];
 
 /* start.S */
-u64 hypercall_64(u64 control, u64 input, u64 output);
 u64 hypercall_32(u64 control, u64 input, u64 output); /* the same, through compatibility mode */
 extern u8 hypercall_page[PAGE_SIZE];
 extern u8 vp_stacks[MAX_VPS][STACK_SIZE];
@@ -69,7 +67,6 @@ void report_done(void);
 /* trap.c */
 void trap_init(void);
 void vp_init(u32 number);
-void idle(void); /* interrupts on, halt until one was taken, interrupts off */
 u32 apic_read(u32 offset);
 void apic_write(u32 offset, u32 value);
 
@@ -89,41 +86,11 @@ void probe_smp(void);
 
 /* hypercall.c */
 void hypercall_enable(void);
-u32 post_message(u32 connection, u32 type, const void *payload, u32 size); /* retries while the host has no room */
 
 /* synic.c */
-struct message *message_slot(u32 sint);
 void synic_enable(void);
 u64 reference_page_time(void);
-volatile u64 *event_flags(u32 sint);
 u32 receive_one_timer_message(void);
-
-/* ring.c: one VMBus channel's two rings, guest side. */
-struct ring {
-    volatile u32 in, out, mask, pending_send_size;
-    u32 reserved[12];
-    volatile u32 features;
-    u32 padding[1007];
-    u8 data[RING_SIZE];
-};
-
-struct channel {
-    u32 id;
-    u32 connection; /* for HvSignalEvent */
-    struct ring *send, *receive;
-};
-
-struct packet {
-    u16 type;
-    u16 data_offset8;
-    u16 length8;
-    u16 flags;
-    u64 transaction;
-};
-
-void ring_send(struct channel *channel, struct packet head, const void *extra, u32 extra_size, const void *payload,
-               u32 size);
-u32 ring_receive(struct channel *channel, struct packet *head, void *payload, u32 room); /* payload bytes, 0 if empty */
 
 /* storvsc.c */
 void probe_storage(struct channel *channel);

@@ -1,108 +1,19 @@
-/* A SCSI disk behind storvsp: handshake and a few commands (Linux drivers/scsi/storvsc_drv.c; SPC-4 and SBC-3). */
+/* A SCSI disk behind storvsp: handshake and a few commands (SPC-4 and SBC-3). */
 #include "probe.h"
 
-#define VMBUS_SINT 2
-#define PATIENCE 2000ull
 #define SECTOR_SIZE 512u
 
-#define PACKET_IN_BAND 6
-#define PACKET_GPA_DIRECT 9
-#define PACKET_COMPLETION 11
-
 enum {
-    COMPLETE_IO = 1,
-    EXECUTE_SRB = 3,
-    BEGIN_INITIALIZATION = 7,
-    END_INITIALIZATION = 8,
-    QUERY_PROTOCOL_VERSION = 9,
-    QUERY_PROPERTIES = 10,
-};
-
-enum {
-    DATA_OUT = 0,
-    DATA_IN = 1,
-    DATA_NONE = 2,
-};
-
-enum {
-    SRB_SUCCESS = 1,
-    SRB_ERROR = 4,
-    SRB_INVALID_LUN = 0x20,
-    SRB_STATUS_MASK = 0x3f,
     SCSI_CHECK_CONDITION = 2,
     SENSE_ILLEGAL_REQUEST = 5,
 };
 
-struct srb {
-    u16 length;
-    u8 srb_status;
-    u8 scsi_status;
-    u8 port, path, target, lun;
-    u8 cdb_length;
-    u8 sense_length;
-    u8 direction;
-    u8 properties;
-    u32 transfer;
-    u8 cdb[20]; /* sense data in the answer */
-    u16 reserved;
-    u8 queue_tag, queue_action;
-    u32 flags;
-    u32 timeout;
-    u32 sort_key;
-};
-
-struct storage_packet {
-    u32 operation;
-    u32 flags;
-    u32 status;
-    union {
-        struct srb srb;
-        u16 version[2];
-        struct {
-            u32 reserved;
-            u16 max_channels;
-            u16 reserved2;
-            u32 flags;
-            u32 max_transfer;
-        } properties;
-    };
-};
-
-struct one_range {
-    u32 reserved;
-    u32 count;
-    u32 bytes;
-    u32 offset;
-    u64 page;
-};
-
-_Static_assert(sizeof(struct storage_packet) == 12 + 0x34, "the wire size since Windows 8");
-
 static struct channel *channel;
-static u64 next_transaction = 0x1000;
 static u8 buffer[PAGE_SIZE] __attribute__((aligned(4096)));
 
-/* Send and wait for the completion of this very request. */
-static bool exchange(struct storage_packet *packet, struct one_range *range)
+static bool exchange(struct storage_packet *packet)
 {
-    struct packet head = {
-        .type = range ? PACKET_GPA_DIRECT : PACKET_IN_BAND,
-        .flags = 1,
-        .transaction = ++next_transaction,
-    };
-    struct packet answer;
-    volatile u64 *flags = event_flags(VMBUS_SINT) + channel->id / 64;
-    struct ring *receive = channel->receive;
-
-    packet->flags = 1;
-    ring_send(channel, head, range, range ? sizeof(*range) : 0, packet, sizeof(*packet));
-    while (WAIT_UNTIL(receive->in != receive->out, PATIENCE)) {
-        __atomic_and_fetch(flags, ~(1ull << (channel->id % 64)), __ATOMIC_SEQ_CST);
-        ring_receive(channel, &answer, packet, sizeof(*packet));
-        if (answer.type == PACKET_COMPLETION && answer.transaction == next_transaction)
-            return true;
-    }
-    return false;
+    return storvsc_exchange(channel, packet, NULL, 0);
 }
 
 static bool handshake(void)
@@ -111,13 +22,13 @@ static bool handshake(void)
     struct storage_packet packet = {.operation = BEGIN_INITIALIZATION};
     bool ok;
 
-    ok = exchange(&packet, NULL) && packet.operation == COMPLETE_IO && packet.status == 0;
+    ok = exchange(&packet) && packet.operation == COMPLETE_IO && packet.status == 0;
     expect("storage.begin", packet.status, ok, "0");
     if (!ok)
         return false;
     for (u32 i = 0; i < sizeof(versions) / sizeof(versions[0]); i++) {
         packet = (struct storage_packet){.operation = QUERY_PROTOCOL_VERSION, .version = {versions[i], 0}};
-        ok = exchange(&packet, NULL) && packet.status == 0;
+        ok = exchange(&packet) && packet.status == 0;
         if (ok) {
             expect("storage.version", versions[i], true, "");
             break;
@@ -128,11 +39,11 @@ static bool handshake(void)
         return false;
     }
     packet = (struct storage_packet){.operation = QUERY_PROPERTIES};
-    ok = exchange(&packet, NULL) && packet.status == 0;
+    ok = exchange(&packet) && packet.status == 0;
     expect("storage.max_transfer", packet.properties.max_transfer, ok && packet.properties.max_transfer >= PAGE_SIZE,
            "a page or more");
     packet = (struct storage_packet){.operation = END_INITIALIZATION};
-    ok = exchange(&packet, NULL) && packet.status == 0;
+    ok = exchange(&packet) && packet.status == 0;
     expect("storage.end", packet.status, ok, "0");
     return ok;
 }
@@ -141,27 +52,12 @@ static bool handshake(void)
 static bool command(struct srb *srb, u8 lun, const u8 *cdb, u8 cdb_length, u8 direction, u32 bytes)
 {
     struct storage_packet packet = {.operation = EXECUTE_SRB};
-    struct one_range range = {.count = 1, .bytes = bytes, .page = address_of(buffer) / PAGE_SIZE};
     bool answered;
 
-    packet.srb = (struct srb){
-        .length = sizeof(struct srb),
-        .lun = lun,
-        .cdb_length = cdb_length,
-        .sense_length = 20,
-        .direction = direction,
-        .transfer = bytes,
-        .timeout = 60,
-    };
-    memcpy(packet.srb.cdb, cdb, cdb_length);
-    answered = exchange(&packet, bytes ? &range : NULL) && packet.operation == COMPLETE_IO;
+    packet.srb = storvsc_srb(lun, cdb, cdb_length, direction, bytes);
+    answered = storvsc_exchange(channel, &packet, buffer, bytes) && packet.operation == COMPLETE_IO;
     *srb = packet.srb;
     return answered;
-}
-
-static bool succeeded(const struct srb *srb)
-{
-    return (srb->srb_status & SRB_STATUS_MASK) == SRB_SUCCESS && srb->scsi_status == 0;
 }
 
 static bool read_sector(u8 lba)
@@ -169,7 +65,7 @@ static bool read_sector(u8 lba)
     const u8 cdb[10] = {0x28, 0, 0, 0, 0, lba, 0, 0, 1, 0};
     struct srb srb;
 
-    return command(&srb, 0, cdb, sizeof(cdb), DATA_IN, SECTOR_SIZE) && succeeded(&srb) && srb.transfer == SECTOR_SIZE;
+    return command(&srb, 0, cdb, sizeof(cdb), DATA_IN, SECTOR_SIZE) && storvsc_succeeded(&srb) && srb.transfer == SECTOR_SIZE;
 }
 
 static bool write_sector(u8 lba)
@@ -177,7 +73,7 @@ static bool write_sector(u8 lba)
     const u8 cdb[10] = {0x2a, 0, 0, 0, 0, lba, 0, 0, 1, 0};
     struct srb srb;
 
-    return command(&srb, 0, cdb, sizeof(cdb), DATA_OUT, SECTOR_SIZE) && succeeded(&srb);
+    return command(&srb, 0, cdb, sizeof(cdb), DATA_OUT, SECTOR_SIZE) && storvsc_succeeded(&srb);
 }
 
 static void identify(void)
@@ -188,10 +84,10 @@ static void identify(void)
     char text[25] = {0};
     bool ok;
 
-    ok = command(&srb, 0, inquiry, sizeof(inquiry), DATA_IN, 36) && succeeded(&srb);
+    ok = command(&srb, 0, inquiry, sizeof(inquiry), DATA_IN, 36) && storvsc_succeeded(&srb);
     memcpy(text, buffer + 8, 24);
     expect_text("storage.inquiry", text, ok && (buffer[0] & 0x1f) == 0, "a direct-access disk");
-    ok = command(&srb, 0, read_capacity, sizeof(read_capacity), DATA_IN, 8) && succeeded(&srb);
+    ok = command(&srb, 0, read_capacity, sizeof(read_capacity), DATA_IN, 8) && storvsc_succeeded(&srb);
     expect("storage.last_sector", (u64)__builtin_bswap32(*(u32 *)buffer), ok && *(u32 *)buffer, "not 0");
     expect_equal("storage.sector_size", ok ? __builtin_bswap32(*(u32 *)(buffer + 4)) : 0, SECTOR_SIZE);
 }
@@ -212,7 +108,7 @@ static void read_and_write(void)
     for (u32 i = 0; i < SECTOR_SIZE; i += 8)
         *(u64 *)(buffer + i) = 0x70796d6d2d6f6b00ull + i;
     expect_equal("storage.write", write_sector(1), 1);
-    ok = command(&srb, 0, synchronize, sizeof(synchronize), DATA_NONE, 0) && succeeded(&srb);
+    ok = command(&srb, 0, synchronize, sizeof(synchronize), DATA_NONE, 0) && storvsc_succeeded(&srb);
     expect_equal("storage.synchronize_cache", ok, 1);
     memset(buffer, 0, SECTOR_SIZE);
     ok = read_sector(1);
@@ -247,7 +143,7 @@ static void wrap_rings(void)
     struct srb srb;
     u64 good = 0;
 
-    while (good < rounds && command(&srb, 0, test_unit_ready, sizeof(test_unit_ready), DATA_NONE, 0) && succeeded(&srb))
+    while (good < rounds && command(&srb, 0, test_unit_ready, sizeof(test_unit_ready), DATA_NONE, 0) && storvsc_succeeded(&srb))
         good++;
     expect_equal("storage.test_unit_ready", good, rounds);
 }
