@@ -44,6 +44,7 @@ bool all_zero(const void *page, size_t size);
 
 /* command_line.c: words with spaces between, some of them KEY=ITEM,ITEM... */
 extern const char *command_line;
+void command_line_of_multiboot(u32 information); /* takes a copy of the loader's */
 bool has_word(const char *word);
 bool has_key(const char *key); /* `key` begins a word */
 bool lists(const char *key, const char *item);
@@ -73,6 +74,20 @@ static inline u8 inb(u16 port)
 {
     u8 value;
     __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
+static inline u16 inw(u16 port)
+{
+    u16 value;
+    __asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
+static inline u32 inl(u16 port)
+{
+    u32 value;
+    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
     return value;
 }
 

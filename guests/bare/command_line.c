@@ -1,7 +1,29 @@
 /* Words of the command line. */
 #include "bare.h"
 
+#define MULTIBOOT_HAS_COMMAND_LINE (1u << 2)
+
+struct multiboot {
+    u32 flags, lower, upper, device, command_line;
+};
+
 const char *command_line = "";
+
+void command_line_of_multiboot(u32 address)
+{
+    static char copy[1024];
+    const struct multiboot *information = (const struct multiboot *)(ulong)address;
+    const char *from = (const char *)(ulong)information->command_line;
+    u32 length = 0;
+
+    if (!(information->flags & MULTIBOOT_HAS_COMMAND_LINE))
+        return;
+    while (length < sizeof(copy) - 1 && from[length]) {
+        copy[length] = from[length];
+        length++;
+    }
+    command_line = copy;
+}
 
 /* Find `key` at the start of a word; return what follows it. */
 static const char *find(const char *key)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 _FINDING = re.compile(
-    r"(?P<topic>[a-z0-9]+)\.(?P<name>\w+) = (?P<value>.*?) (?P<verdict>ok|bad|skip)(?: (?P<note>.*))?"
+    r"(?P<topic>[a-z0-9-]+)\.(?P<name>\w+) = (?P<value>.*?) (?P<verdict>ok|bad|skip)(?: (?P<note>.*))?"
 )
 _DONE = re.compile(r"done (\d+) (\d+)(?: (\d+))?")
 

@@ -1,12 +1,6 @@
 /* The kit's order of events. `kit=TOPIC,TOPIC...` on the command line chooses; all topics are the default. */
 #include "kit.h"
 
-#define MULTIBOOT_HAS_COMMAND_LINE (1u << 2)
-
-struct multiboot {
-    u32 flags, lower, upper, device, command_line;
-};
-
 extern u32 multiboot_information;
 
 static const struct {
@@ -21,23 +15,6 @@ static const struct {
     {"lock", test_lock}, /* last, for only a reset undoes it */
 };
 
-/* Low memory is the kit's after this. */
-static void read_command_line(void)
-{
-    static char copy[1024];
-    const struct multiboot *information = (const struct multiboot *)(ulong)multiboot_information;
-    const char *from = (const char *)(ulong)information->command_line;
-    u32 length = 0;
-
-    if (!(information->flags & MULTIBOOT_HAS_COMMAND_LINE))
-        return;
-    while (length < sizeof(copy) - 1 && from[length]) {
-        copy[length] = from[length];
-        length++;
-    }
-    command_line = copy;
-}
-
 static void start_others(void)
 {
     u32 online = vps_start();
@@ -50,7 +27,7 @@ static void start_others(void)
 void kit_main(void);
 void kit_main(void)
 {
-    read_command_line();
+    command_line_of_multiboot(multiboot_information); /* low memory is the kit's after this */
     vps_count();
     vp_init(0);
     print("kit: start\n");

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
 from pyvmm.machine.machine import MachineError
-from tests.bench import exits, idle, startup
+from tests.bench import exits, idle, startup, storage
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
@@ -31,6 +31,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Path, int], list[Figure]], int]] = {
     "msr": (exits.msr, 9),
     "page": (exits.page, 1),
     "hypercall": (exits.hypercall, 9),
+    "storage": (storage.measure_all, 7),
     "idle": (idle.measure, 3),
 }
 #: Takes minutes.

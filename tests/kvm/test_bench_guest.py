@@ -1,0 +1,79 @@
+"""The benchmark guest's drivers read and write what they say, and it notices data that is not the disk's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from guests.bench.build import build
+from guests.bench.run import BLOCK, MeasureError, Workload, measure, pyvmm_command, qemu_command, write_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.kvm
+
+_SIZE = 1 << 20
+_MS = 300
+_LEGS: dict[str, tuple[Callable[..., list[str]], str]] = {
+    "pyvmm": (pyvmm_command, "storvsc"),
+    "QEMU": (qemu_command, "virtio-blk"),
+}
+
+
+@pytest.fixture(scope="session")
+def guest() -> Path:
+    return build()
+
+
+@pytest.fixture(params=list(_LEGS))
+def command(request: pytest.FixtureRequest, guest: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    make, driver = _LEGS[request.param]
+    return lambda *tests: make(guest, tmp_path / "com1", tmp_path / "disk.img", driver, tests)
+
+
+def test_every_block_is_read_from_where_it_is(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    write_image(tmp_path / "disk.img", _SIZE)
+    tests = [
+        Workload("randread", 4096, 32, _MS),
+        Workload("randread", 4096, 1, _MS),
+        Workload("read", 128 << 10, 32, _MS),
+    ]
+    found = measure(command(*tests), tmp_path / "com1")
+    assert list(found) == ["randread_4096_32", "randread_4096_1", "read_131072_32"]
+    for measured in found.values():
+        assert measured.microseconds >= _MS * 1000
+        assert 0 < measured.kicks <= measured.requests
+    assert found["randread_4096_1"].kicks == found["randread_4096_1"].requests, "nobody else wakes an idle host"
+
+
+def test_writes_fill_the_disk_with_its_blocks_numbers(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    image, expected = tmp_path / "disk.img", tmp_path / "expected.img"
+    image.write_bytes(bytes(_SIZE))
+    write_image(expected, _SIZE)
+    found = measure(
+        command(Workload("write", 4096, 32, _MS), Workload("randwrite", 128 << 10, 7, _MS)), tmp_path / "com1"
+    )
+    assert found["write_4096_32"].requests * 4096 >= _SIZE, "too slow to tell"
+    assert image.read_bytes() == expected.read_bytes()
+
+
+def test_a_block_with_another_number_is_wrong_data(guest: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "disk.img", 16 * BLOCK)
+    with (tmp_path / "disk.img").open("r+b") as file:
+        file.seek(3 * BLOCK)
+        file.write((4).to_bytes(8, "little"))
+    test = Workload("randread", 4096, 32, _MS)
+    with pytest.raises(MeasureError, match=r"randread_4096_32: 0 failed, [1-9]\d* with wrong data"):
+        measure(pyvmm_command(guest, tmp_path / "com1", tmp_path / "disk.img", "storvsc", [test]), tmp_path / "com1")
+
+
+def test_a_driver_without_its_device_says_so(guest: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "disk.img", _SIZE)
+    command = pyvmm_command(
+        guest, tmp_path / "com1", tmp_path / "disk.img", "virtio-blk", [Workload("read", 4096, 1, _MS)]
+    )
+    with pytest.raises(MeasureError, match="no virtio-blk on PCI"):
+        measure(command, tmp_path / "com1")
