@@ -7,6 +7,7 @@ import threading
 
 from devices.storage.backend import DATA, ZERO, DiskError
 from devices.storage.raw import RawDisk
+from pyvmm.core._hot import data_runs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 #: What one thread moves at once, and the size of zeros that are worth a hole.
 CHUNK = 1 << 20
 _BLOCK = 4096
-_ZERO_BLOCK = bytearray(_BLOCK)  # a bytearray compares itself with any buffer by memcmp
-_ZERO_CHUNK = bytearray(CHUNK)
 #: Threads that read and write, for the GIL is free meanwhile; more only help where a medium has latency.
-_THREADS = min(4, (os.cpu_count() or 1) + 1)
+_THREADS = min(4, max(2, os.cpu_count() or 1))
 
 
 def ignore(_: int) -> None:
@@ -63,13 +62,13 @@ def copy_extents(
         with blaming(source):
             source.read(offset, [view])
         with blaming(target):
-            if blank:
-                for start, end in _runs(view):
-                    target.write(offset + start, [view[start:end]])
-            elif view == _ZERO_CHUNK:
+            runs = data_runs(view, _BLOCK)
+            if not runs and not blank:
                 target.write_zeros(offset, length)
-            else:
-                target.write(offset, [view])
+            elif not blank:
+                runs = [(0, length)]  # small holes in what is stored already are not worth their system calls
+            for start, end in runs:
+                target.write(offset + start, [view[start:end]])
 
     kinds = (DATA,) if blank else (DATA, ZERO)
     in_parallel((piece for extent in extents if extent.kind in kinds for piece in pieces(extent)), move, progress)
@@ -85,21 +84,6 @@ def pieces(extent: Extent) -> Iterator[Extent]:
         stop = min(end, offset - offset % CHUNK + CHUNK)
         yield type(extent)(offset, stop - offset, DATA)
         offset = stop
-
-
-def _runs(view: memoryview) -> Iterator[tuple[int, int]]:
-    """(start, end) of what is not zeros in a chunk, in whole blocks."""
-    length = len(view)
-    start = -1
-    for at in range(0, length, _BLOCK):
-        if view[at : at + _BLOCK] == _ZERO_BLOCK:
-            if start >= 0:
-                yield start, at
-                start = -1
-        elif start < 0:
-            start = at
-    if start >= 0:
-        yield start, length
 
 
 class blaming:  # noqa: N801 - used like a function

@@ -109,6 +109,12 @@ class BlockTable:
         threads run meanwhile.
         """
 
+def data_runs(data: bytes | bytearray | memoryview | mmap, block: int, /) -> list[tuple[int, int]]:
+    """(start, end) of what is not zeros in `data`, in whole blocks of `block` bytes, the last cut where the data ends.
+
+    Other Python threads run meanwhile.
+    """
+
 class ReferenceTime:
     """Reference time of a partition: 100 ns units on the guest's TSC. TLFS chapter 12.4.
 

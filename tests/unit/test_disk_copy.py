@@ -22,6 +22,7 @@ from devices.storage.diff import compare
 from devices.storage.file import HostFile
 from devices.storage.images import open_image
 from devices.storage.merge import layers, merge
+from pyvmm.core._hot import data_runs
 from tests.fakes.disks import LayeredDisk, MemoryDisk
 
 if TYPE_CHECKING:
@@ -61,11 +62,8 @@ def chains(draw: st.DrawFn, depth: int) -> list[LayeredDisk]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and blocks so small that disks of some sectors have many."""
-    for module in (copy, diff):
-        monkeypatch.setattr(module, "CHUNK", 8 * SECTOR)
-        monkeypatch.setattr(module, "_ZERO_CHUNK", bytearray(8 * SECTOR))
+    monkeypatch.setattr(copy, "CHUNK", 8 * SECTOR)
     monkeypatch.setattr(copy, "_BLOCK", 2 * SECTOR)
-    monkeypatch.setattr(copy, "_ZERO_BLOCK", bytearray(2 * SECTOR))
 
 
 in_small = settings(max_examples=60, deadline=None)
@@ -241,6 +239,29 @@ def test_more_ranges_than_memory_should_hold_are_counted_but_not_listed(monkeypa
         first.write(sector * SECTOR, [memoryview(b"x" * SECTOR)])
     found = compare(first, second)
     assert (len(found.ranges), found.differing, found.listed) == (3, 32 * SECTOR, False)
+
+
+@given(
+    blocks=st.lists(st.sampled_from([b"", b"x", b"\0\0x"]), max_size=12),
+    block=st.integers(1, 70),
+    cut=st.integers(0, 69),
+)
+@in_small
+def test_data_is_told_from_zeros_in_whole_blocks(blocks: list[bytes], block: int, cut: int) -> None:
+    data = b"".join(fill[:block].ljust(block, b"\0") for fill in blocks)
+    data = data[: max(0, len(data) - cut % block)]
+    expected: list[tuple[int, int]] = []
+    for at in range(0, len(data), block):
+        piece = data[at : at + block]
+        if piece.strip(b"\0"):
+            start = expected.pop()[0] if expected and expected[-1][1] == at else at
+            expected.append((start, at + len(piece)))
+    assert data_runs(data, block) == expected
+
+
+def test_blocks_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError):
+        data_runs(b"x", 0)
 
 
 def raw_image(path: Path, size: int = 4 << 20) -> Path:

@@ -133,4 +133,8 @@ bool hot_vp_install_kick(void);
 
 extern PyTypeObject Vp_Type;
 
+// Zeros --------------------------------------------------------------------------------------------
+
+PyObject *hot_data_runs(PyObject *module, PyObject *args);
+
 #endif

@@ -2,9 +2,15 @@
 
 PyObject *RingError;
 
+static PyMethodDef hot_methods[] = {
+	{"data_runs", hot_data_runs, METH_VARARGS, NULL},
+	{0},
+};
+
 static struct PyModuleDef hot_module = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "pyvmm.core._hot",
+	.m_methods = hot_methods,
 	.m_size = -1,
 };
 
