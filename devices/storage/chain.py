@@ -74,18 +74,21 @@ def _read_inside(layer: Layer, offset: int, views: list[memoryview]) -> list[tup
     return layer.read_layer(offset, views) if inside else []
 
 
-def open_parents(leaf: Layer) -> None:
-    """Open all that `leaf` differs from; raises DiskError. What was opened until then goes with `leaf.close`."""
+def open_parents(leaf: Layer, writable: int = 0) -> None:
+    """Open all that `leaf` differs from; raises DiskError. What was opened until then goes with `leaf.close`.
+
+    The first `writable` parents are opened for writing, which nobody else may use then.
+    """
     seen = {leaf.file.key()}
     layer = leaf
     while layer.link is not None:
         if len(seen) > MAX_PARENTS:
             raise DiskError(f"{leaf.path}: more than {MAX_PARENTS} parents down to {layer.path}; merge some of them")
-        layer.parent = _open_parent(layer, layer.link, seen)
+        layer.parent = _open_parent(layer, layer.link, seen, readonly=len(seen) > writable)
         layer = layer.parent
 
 
-def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]]) -> Layer:
+def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], readonly: bool) -> Layer:
     refusal = None
     for path in link.paths:
         try:
@@ -97,7 +100,7 @@ def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]]) -> 
             refusal = refusal or f"its parent {path} comes above it in the same chain, which thus never ends"
             continue
         try:
-            parent = _open_readonly(path, link.format)
+            parent = _open_layer(path, link.format, readonly)
         except DiskError as error:
             refusal = refusal or f"its parent cannot be used: {error}"
             continue
@@ -113,10 +116,10 @@ def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]]) -> 
     raise DiskError(f"{child.path}: {refusal}")
 
 
-def _open_readonly(path: str, format: str) -> Layer:
+def _open_layer(path: str, format: str, readonly: bool) -> Layer:
     from devices.storage.images import open_layer  # not at the top: it imports the formats, and they this module
 
-    layer = open_layer(HostFile(path, readonly=True), format)
+    layer = open_layer(HostFile(path, readonly), format)
     assert isinstance(layer, Layer)
     return layer
 

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import os
 
-from devices.storage.file import InUse
-from devices.storage.images import open_image
+from devices.storage.backend import DiskError
+from devices.storage.file import HostFile, InUse
+from devices.storage.images import DIFFERENCING, known, open_layer
 from devices.storage.merge import layers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from devices.storage.backend import Disk
+
+#: How often an image that somebody writes is looked at until it makes sense.
+_TRIES = 5
+
 
 def describe(path: str, format: str | None = None) -> dict[str, Any]:
-    """The image at `path` and its parents, as plain JSON data; raises DiskError.
+    """The image at `path` and its parents, as plain JSON data; raises DiskError if it cannot be read.
 
-    What `Disk.inspect` tells, and `size_on_disk`, `identity`, `geometry` and `in_use`: whether somebody writes it.
+    What `Disk.inspect` tells, and `size_on_disk`, `identity`, `geometry`; `in_use`: whether somebody writes it; and
+    `problem`: why not all its parents are there.
     """
-    in_use = False
+    kind = known(path, format)
     try:
-        disk = open_image(path, readonly=True, format=format)
+        disk, in_use = open_layer(HostFile(path, readonly=True), kind), False
     except InUse:
-        in_use = True
-        disk = open_image(path, readonly=True, format=format, lock=False)
+        disk, in_use = _peek(path, kind), True
     try:
+        problem = _open_parents(disk) if kind in DIFFERENCING else None
         found = disk.inspect()
-        found["in_use"] = in_use
+        found.update(in_use=in_use, problem=problem)
         node = found
         for layer in layers(disk):
             node["size_on_disk"] = _size_on_disk(layer.path)
@@ -37,6 +44,28 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:
         return found
     finally:
         disk.close()
+
+
+def _peek(path: str, kind: str) -> Disk:
+    """Open an image that somebody writes, and which may thus be between two states."""
+    for _ in range(_TRIES - 1):
+        try:
+            return open_layer(HostFile(path, readonly=True, lock=False), kind)
+        except DiskError:
+            pass
+    return open_layer(HostFile(path, readonly=True, lock=False), kind)
+
+
+def _open_parents(disk: Disk) -> str | None:
+    """Open the parents there are; return what is wrong with the first that cannot be had."""
+    from devices.storage.chain import Layer, open_parents
+
+    assert isinstance(disk, Layer)
+    try:
+        open_parents(disk)
+    except DiskError as error:
+        return str(error)
+    return None
 
 
 def _size_on_disk(path: str) -> int | None:

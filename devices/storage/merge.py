@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from devices.storage.backend import PARENT, ZERO, Extent
+import os
+
+from devices.storage.backend import PARENT, ZERO, DiskError, Extent
+from devices.storage.chain import Layer, open_parents
 from devices.storage.copy import copy_extents, ignore
+from devices.storage.file import HostFile
+from devices.storage.images import DIFFERENCING, known, open_layer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +24,44 @@ def layers(disk: Disk) -> list[Disk]:
     while (parent := found[-1].parent) is not None:
         found.append(parent)
     return found
+
+
+def open_to_merge(path: str, format: str | None = None, into: str | None = None) -> tuple[Disk, Disk]:
+    """The image at `path`, and the parent to merge it into: its own, or the one at `into`; raises DiskError.
+
+    Closing the first closes all. Both and what is between them are locked against all other use.
+    """
+    kind = known(path, format)
+    if kind not in DIFFERENCING:
+        raise DiskError(f"{path}: a {kind} image has no parent; merge takes a differencing image")
+    depth = 1
+    if into is not None:
+        depth = _depth(path, kind, into)
+    child = open_layer(HostFile(path), kind)
+    try:
+        assert isinstance(child, Layer)
+        open_parents(child, writable=depth)
+        found = layers(child)
+        if len(found) == 1:
+            raise DiskError(f"{path}: has no parent; merge takes a differencing image")
+        return child, found[depth]
+    except BaseException:
+        child.close()
+        raise
+
+
+def _depth(path: str, kind: str, into: str) -> int:
+    """How far down the chain of the image at `path` the one at `into` is."""
+    child = open_layer(HostFile(path, readonly=True), kind)
+    try:
+        assert isinstance(child, Layer)
+        open_parents(child)
+        for depth, layer in enumerate(layers(child)):
+            if depth and os.path.samefile(layer.path, into):
+                return depth
+        raise DiskError(f"{into}: is none of the parents of {path}; name one of them, or a new image")
+    finally:
+        child.close()
 
 
 def extents_above(disk: Disk, base: Disk, offset: int, length: int) -> Iterator[Extent]:

@@ -102,8 +102,32 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """Write an image's data into a parent, or with all of its parents' into a new image."""
-    raise CliError(f"{args.path}: has no parent; merge takes a differencing image")
+    """Write an image's data into a parent and remove it; or with all its parents' into a new image."""
+    from devices.storage.merge import layers, merge, open_to_merge
+
+    if args.into is not None and (args.force or not os.path.exists(args.into)):
+        if args.keep:
+            raise CliError("--keep: a new image leaves all others alone anyway; leave the option out")
+        source = open_image(args.path, readonly=True, format=args.format)
+        try:
+            args.format = None  # which was that of the image to read
+            _copy_into(args, source, args.into)
+        finally:
+            source.close()
+        return 0
+    child, base = open_to_merge(args.path, args.format, args.into)
+    try:
+        with bar("merging", child.size) as progress:
+            merge(child, base, progress)
+        merged = [layer.path for layer in layers(child)[: layers(child).index(base)]]
+        if not args.keep:
+            for path in merged:  # from the top: what is left at any time is a chain of images
+                os.unlink(path)
+        done = {"into": base.path, "merged": merged, "removed": not args.keep, "size": base.size}
+        _report(args, done, f"{base.path}: reads as {args.path} did{'' if args.keep else ', which is removed'}")
+    finally:
+        child.close()
+    return 0
 
 
 def diff(args: argparse.Namespace) -> int:
