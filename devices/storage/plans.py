@@ -29,6 +29,11 @@ class Fail:
     sense: Sense
 
 
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Refused with RESERVATION CONFLICT."""
+
+
 @dataclass(slots=True)
 class Read:
     """Read into the data buffer."""
@@ -77,6 +82,14 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class LbaStatus:
+    """Tell from `offset` on which blocks are stored, in up to `room` bytes. SBC-3 section 5.5."""
+
+    offset: int
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
 class Parameters:
     """First fetch `length` bytes out of the data buffer; `parse` then says the rest."""
 
@@ -84,4 +97,4 @@ class Parameters:
     parse: Callable[[bytes], Plan]
 
 
-Plan = Reply | Fail | Read | Write | Verify | Flush | Unmap | Fill | Parameters
+Plan = Reply | Fail | Conflict | Read | Write | Verify | Flush | Unmap | Fill | LbaStatus | Parameters

@@ -8,7 +8,7 @@ import os
 import socket
 
 from pyvmm.cli import EXIT_FAILED, CliError
-from pyvmm.machine.config import DISK_FORM, ConfigError, parse_disk
+from pyvmm.machine.config import DISK_FORM, ConfigError, parse_disk, parse_size
 from pyvmm.machine.control import DEFAULT_SHUTDOWN_S
 
 TYPE_CHECKING = False
@@ -33,6 +33,7 @@ _COMMANDS = {
     "inspect": "show the live state of the VM, or a part of it",
     "add-disk": "plug in a disk",
     "remove-disk": "unplug a disk",
+    "resize-disk": "make a disk larger while the guest uses it",
     "status": "show the VM's name, process and state",
 }
 
@@ -59,7 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
     by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as board/devices")
     by_name["add-disk"].add_argument("disk", metavar="PATH[,OPTION]...", type=parse_disk, help=f"as {DISK_FORM}")
-    by_name["remove-disk"].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
+    for name in ("remove-disk", "resize-disk"):
+        by_name[name].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
+    by_name["resize-disk"].add_argument("size", metavar="SIZE", type=parse_size, help="the new size, such as 20G")
     parser.set_defaults(run=run)
 
 
@@ -114,8 +117,10 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     elif args.command == "add-disk":
         message.update((name, value) for name, value in vars(args.disk).items() if value is not None)
         message.update(path=os.path.abspath(args.disk.path))
-    elif args.command == "remove-disk":
+    if "place" in args:
         message.update(controller=args.place[0], lun=args.place[1])
+    if args.command == "resize-disk":
+        message.update(size=args.size)
     return message
 
 

@@ -20,6 +20,8 @@ MAX_MEMORY = 1 << 40
 MAX_CONTROLLERS = 4
 MAX_LUNS = 64
 MAX_NAME = 64
+#: The largest disk of Hyper-V's largest format.
+MAX_DISK = 64 << 40
 #: The smallest limits of a disk: below them a guest would take its disk for broken.
 MIN_IOPS = 10
 MIN_BANDWIDTH = 64 << 10

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 
-from pyvmm.machine.config import MAX_CONTROLLERS, MAX_LUNS, MIN_BANDWIDTH, MIN_IOPS, DiskConfig, check_disk
+from pyvmm.machine.config import MAX_CONTROLLERS, MAX_DISK, MAX_LUNS, MIN_BANDWIDTH, MIN_IOPS, DiskConfig, check_disk
 from pyvmm.machine.unix_socket import UnixListener
 
 TYPE_CHECKING = False
@@ -55,6 +55,7 @@ class Commands:
             "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),
             "remove-disk": (("controller", "lun"), self._remove_disk),
             "reset": ((), lambda _: self._request(machine.reset, "reset")),
+            "resize-disk": (("controller", "lun", "size"), self._resize_disk),
             "resume": ((), lambda _: self._control(machine.resume)),
             "shutdown": (("timeout", "restart"), self._shutdown),
             "status": ((), lambda _: self._status()),
@@ -114,6 +115,9 @@ class Commands:
 
     def _remove_disk(self, arguments: _Arguments) -> dict[str, Any]:
         return self._machine.disks.remove(*self._place(arguments))
+
+    def _resize_disk(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.disks.resize(*self._place(arguments), arguments.integer("size", 1, MAX_DISK))
 
     def _place(self, arguments: _Arguments) -> tuple[int, int]:
         controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1)

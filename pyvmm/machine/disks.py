@@ -93,6 +93,21 @@ class Disks:
             raise ConfigError(lost)
         return {"controller": controller, "lun": lun, "path": slot.disk.path}
 
+    def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:
+        """Make a disk larger, under the guest's eyes."""
+        from devices.storage.backend import DiskError
+
+        synthetic = self._synthetic()
+        with self._lock:
+            slot = self._find(controller, lun)
+            try:
+                synthetic.resize(slot, size)
+            except (DiskError, ValueError) as error:
+                raise ConfigError(str(error)) from error
+            except OSError as error:
+                raise ConfigError(f"{slot.disk.path}: cannot be resized: {error.strerror}") from error
+        return {"controller": controller, "lun": lun, "path": slot.disk.path, "size": slot.disk.size}
+
     def _find(self, controller: int, lun: int) -> Slot:
         slot = self._slots.get((controller, lun))
         if slot is None:

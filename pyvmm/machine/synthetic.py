@@ -79,6 +79,10 @@ class SyntheticDevices:
         """Take a disk away from the guest; return once no command uses it."""
         self._controllers[slot.controller].remove_disk(slot.lun)
 
+    def resize(self, slot: Slot, size: int) -> None:
+        """Make a disk larger and have the guest notice; raises what `StorVsp.resize_disk` raises."""
+        self._controllers[slot.controller].resize_disk(slot.lun, size)
+
     def shutdown(self, timeout: float, restart: bool) -> dict[str, Any]:
         """Ask the guest to shut down; tell whether it obeyed."""
         result = self.shutdown_component.request(restart=restart, timeout_s=timeout)

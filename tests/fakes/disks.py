@@ -64,6 +64,21 @@ class MemoryDisk(Disk):
         self._enter("trim")
         self.data[offset : offset + length] = bytes(length)
 
+    def layer_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Runs of sectors that hold nothing but zeros, or something else."""
+        end = offset + length
+        while offset < end:
+            zero = not any(self.data[offset : offset + self.sector_size])
+            until = offset + self.sector_size
+            while until < end and zero != any(self.data[until : until + self.sector_size]):
+                until += self.sector_size
+            yield Extent(offset, until - offset, ZERO if zero else DATA)
+            offset = until
+
+    def resize(self, size: int) -> None:
+        self.data.extend(bytes(size - self.size))
+        self.size = size
+
     def close(self) -> None:
         self.closed = True
 

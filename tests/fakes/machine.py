@@ -32,6 +32,10 @@ class FakeDisks:
         self._calls.append(("remove", controller, lun))
         return {"message": "removed"}
 
+    def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:
+        self._calls.append(("resize", controller, lun, size))
+        return {"controller": controller, "lun": lun, "size": size}
+
 
 class FakeMachine:
     """Ends when `stop` or `poweroff` is called, or as `script` says; remembers what was asked of it in `calls`."""

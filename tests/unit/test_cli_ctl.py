@@ -84,11 +84,19 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
     assert capsys.readouterr().out == "controller: 2\nlun: 1\n"
     assert main(["ctl", vm, "remove-disk", "2:1"]) == 0
     disk = {"path": str(tmp_path / "d.img"), "readonly": True, "controller": 2, "iops": 50}
-    assert machine.calls == [("add", disk), ("remove", 2, 1)]
+    assert main(["ctl", vm, "resize-disk", "2:1", "3M"]) == 0
+    assert machine.calls == [("add", disk), ("remove", 2, 1), ("resize", 2, 1, 3 << 20)]
 
 
 @pytest.mark.parametrize(
-    "words", [["remove-disk", "1"], ["remove-disk", "a:b"], ["add-disk", "x,y"], ["shutdown", "x"]]
+    "words",
+    [
+        ["remove-disk", "1"],
+        ["remove-disk", "a:b"],
+        ["add-disk", "x,y"],
+        ["shutdown", "x"],
+        ["resize-disk", "0:1", "big"],
+    ],
 )
 def test_bad_arguments_are_status_2_and_never_sent(
     words: list[str], vm: str, machine: FakeMachine, capsys: pytest.CaptureFixture[str]

@@ -23,6 +23,11 @@ class Controllers:
     def plug(self, slot: Slot) -> None:
         self.seen.append(("plug", slot.controller, slot.lun))
 
+    def resize(self, slot: Slot, size: int) -> None:
+        if size < slot.disk.size:
+            raise ValueError("can only grow")
+        slot.disk.resize(size)
+
     def unplug(self, slot: Slot) -> None:
         self.seen.append(("unplug", slot.controller, slot.lun))
         os.fstat(cast("RawDisk", slot.disk)._file.fd)  # still open
@@ -96,3 +101,24 @@ def test_a_flush_that_fails_at_the_end_is_told_and_all_disks_are_closed(
     assert found.close() == f"{images[0]}: the guest's last writes may be lost: Input/output error"
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert found.close() is None
+
+
+def test_a_disk_grows_and_what_cannot_be_is_refused(images: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = disks(DiskConfig(images[0]), synthetic=Controllers())
+    assert found.resize(0, 0, 4096) == {"controller": 0, "lun": 0, "path": images[0], "size": 4096}
+    assert os.stat(images[0]).st_size == 4096
+    for lun, size, why in (
+        (0, 512, "can only grow"),
+        (0, 5000, "not a multiple of the 512-byte sector"),
+        (1, 1, "no disk"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            found.resize(0, lun, size)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("os.ftruncate", full)
+    with pytest.raises(ConfigError, match="cannot be resized: File too large"):
+        found.resize(0, 0, 8192)
+    found.close()

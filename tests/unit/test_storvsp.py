@@ -304,6 +304,51 @@ def test_removal_waits_for_the_command_under_way() -> None:
     assert results == [1]
 
 
+def test_resized_disk_is_announced_and_told_in_the_form_that_linux_looks_for() -> None:
+    rig = Rig()
+    guest = rig.ready()
+    rig.vsp.resize_disk(0, 2 * SIZE)
+    guest.pump()
+    assert guest.notices == [ENUMERATE]
+    told = guest.command(TEST_UNIT_READY)
+    assert told.code == (6, 0x2A, 0x09) and told.srb_status == 0x82 and told.nt_status == 0xC0000120
+    assert guest.command(TEST_UNIT_READY).srb_status == 1
+    assert guest.write(write10(2 * BLOCKS - 1, 1), b"n" * 512).srb_status == 1
+    assert rig.disk().data[-512:] == b"n" * 512
+    with pytest.raises(ValueError, match="can only grow"):
+        rig.vsp.resize_disk(0, SIZE)
+    with pytest.raises(ValueError, match="no disk at LUN 7"):
+        rig.vsp.resize_disk(7, SIZE)
+
+
+def test_reservation_conflict_has_its_status_and_no_sense_data() -> None:
+    rig = Rig()
+    guest = rig.ready()
+    reservations = rig.vsp._commands.luns[0].target.reservations
+    other = {"version": 1, "generation": 1, "keys": [[b"stranger", 1]], "holder": b"stranger", "type": 3}
+    reservations.restore(other)
+    refused = guest.write(write10(0, 1), bytes(512))
+    assert (refused.scsi_status, refused.srb_status, refused.transferred) == (0x18, 0x04, 0)
+    assert guest.command(TEST_UNIT_READY).srb_status == 1
+    assert rig.vsp.inspect()["luns"]["0"]["errors"] == 1
+
+
+def test_transfers_of_a_mebibyte_are_offered_and_done() -> None:
+    disk = MemoryDisk(4 << 20)
+    rig = Rig({0: disk})
+    rig.memory = GuestMemory(4 << 20)
+    rig.bus.memory = rig.end.memory = rig.memory
+    guest = rig.guest
+    guest.pages = list(range(100, 358))
+    _, properties = guest.initialize()
+    (transfer,) = struct.unpack_from("<I", properties, 12)
+    assert transfer == 1 << 20
+    data = bytes(range(256)) * 4096
+    assert guest.write(write10(5, 2048), data, offset=512).transferred == transfer
+    assert guest.read(read10(5, 2048), transfer, offset=1024).data == data
+    assert disk.data[2560 : 2560 + transfer] == data
+
+
 @pytest.mark.parametrize(("version", "state"), [(WIN6, "ready"), (WIN10, "handshake")])
 def test_nothing_is_announced_to_a_guest_that_cannot_take_it(version: int, state: str) -> None:
     rig = Rig()
@@ -438,7 +483,7 @@ def srb(size: int = 512, direction: int = READ_TYPE, cdb_length: int = 10) -> by
         (PACKET_GPA_DIRECT, gpa_range(0xFFFFFFFF, 0, [16]), srb(), 1, "does not fit"),
         (PACKET_GPA_DIRECT, gpa_range(8192, 0, [16]), srb(), 1, "does not fit"),
         (PACKET_GPA_DIRECT, gpa_range(8192, 1, [16, 17]), srb(), 1, "does not fit"),
-        (PACKET_GPA_DIRECT, gpa_range(1 << 20, 0, [16] * 256), srb(), 1, "does not fit"),
+        (PACKET_GPA_DIRECT, gpa_range((1 << 20) + 1, 0, [16] * 257), srb(), 1, "does not fit"),
         (PACKET_GPA_DIRECT, gpa_range(512, 0, [256]), srb(), 1, "no RAM there"),
         (PACKET_GPA_DIRECT, gpa_range(512, 4000, [255, 256]), srb(), 1, "no RAM there"),
         (PACKET_GPA_DIRECT, gpa_range(512, 0, [2**64 - 1]), srb(), 1, "no RAM there"),
@@ -521,12 +566,17 @@ def test_save_and_restore_go_on_where_the_guest_was() -> None:
     rig = Rig()
     rig.ready(versions=[WIN8])
     serial = rig.guest.read(bytes((0x12, 1, 0x80, 0, 255, 0)), 255).data
+    rig.guest.write(bytes((0x15, 0x10, 0, 0, 24, 0)), bytes(4) + bytes((8, 18)) + bytes(18))  # no write cache
+    rig.guest.write(struct.pack(">BBB2xIx", 0x5F, 0, 0, 24), struct.pack(">QQ8x", 0, 0x1234))
+    rig.vsp._commands.luns[0].target.resized(SIZE)
     state = rig.vsp.save()
     moved = Rig({0: MemoryDisk(SIZE, name="elsewhere")})
     moved.end.close()
     moved.vsp.restore(state)
     moved.vsp.reattach(cast("Any", moved.end.device))
-    assert moved.guest.command(TEST_UNIT_READY).srb_status == 1
+    assert moved.guest.command(TEST_UNIT_READY).code == (6, 0x2A, 0x09)
+    assert moved.guest.read(bytes((0x1A, 0, 8, 0, 24, 0)), 24).data[6] == 0
+    assert moved.guest.read(bytes((0x5E, *bytes(6), 0, 16, 0)), 16).data[-2:] == b"\x12\x34"
     assert moved.guest.read(bytes((0x12, 1, 0x80, 0, 255, 0)), 255).data == serial
     moved.vsp.add_disk(1, MemoryDisk(SIZE))
     moved.guest.pump()

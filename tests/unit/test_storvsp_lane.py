@@ -86,7 +86,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.tasks = Tasks()
-        self.luns = [Lun(MemoryDisk(512), bytes(16)) for _ in range(2)]
+        self.luns = [Lun(MemoryDisk(512)) for _ in range(2)]
         self.ran: list[str] = []
         self.timers = Timers()
 

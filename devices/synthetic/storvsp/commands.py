@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from devices.storage import plans
 from devices.storage.cdb import Op, op_name
-from devices.storage.sense import INVALID_FIELD_IN_CDB, LUN_NOT_SUPPORTED, ScsiStatus
+from devices.storage.sense import CAPACITY_CHANGED, INVALID_FIELD_IN_CDB, LUN_NOT_SUPPORTED, ScsiStatus
 from devices.synthetic.storvsp import inquiry, protocol
 from devices.synthetic.storvsp.lane import Lane
 from devices.synthetic.storvsp.lun import Lun, Outcome, failed, fill, first
@@ -158,7 +158,7 @@ class Commands:
             self._finish(command, failed(LUN_NOT_SUPPORTED))
             return
         plan = command.plan = lun.plan(request.cdb, command.buffer, request.data_length, request.data_in)
-        if isinstance(plan, plans.Reply | plans.Fail):
+        if isinstance(plan, plans.Reply | plans.Fail | plans.Conflict):
             self._finish(command, lun.carry_out(plan, command.buffer, request.data_length))
             return
         quick = isinstance(plan, plans.Read) or (isinstance(plan, plans.Write) and not plan.fua)
@@ -242,11 +242,16 @@ def _absent_inquiry(command: Command) -> Outcome:
 
 def _srb_status(outcome: Outcome) -> SrbStatus:
     sense = outcome.sense
+    if outcome.status == ScsiStatus.GOOD:
+        return SrbStatus.SUCCESS
+    if outcome.status == ScsiStatus.TASK_SET_FULL:  # with an error Linux would not look at the SCSI status
+        return SrbStatus.BUSY
     if sense is None:
-        # Linux takes a status without sense data for what it is only if the SRB status is none of its errors.
-        return SrbStatus.BUSY if outcome.status else SrbStatus.SUCCESS
+        return SrbStatus.ERROR
     if sense == LUN_NOT_SUPPORTED:
         return SrbStatus.INVALID_LUN
+    if sense == CAPACITY_CHANGED:  # from Windows 2016 hosts Linux knows it in this form, and reads the capacity again
+        return SrbStatus.ABORTED
     return SrbStatus.INVALID_REQUEST if sense.key == INVALID_FIELD_IN_CDB.key else SrbStatus.ERROR
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 
-#: The most that one command may carry, here and in the channel properties.
-MAX_TRANSFER_BYTES = 512 << 10
+#: The most that one command may carry, here and in the channel properties. Hyper-V has 512 KiB. Linux makes its longest
+#: scatter list of it, and Windows its largest transfer; the page numbers of a MiB are 2 KiB of the guest's ring.
+MAX_TRANSFER_BYTES = 1 << 20
 #: The most that one WRITE SAME may fill, so that no command keeps its queue busy for long.
 MAX_WRITE_SAME_BYTES = 32 << 20
 #: The most that one UNMAP may discard, and in how many descriptors.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from devices.storage import plans
-from devices.storage.backend import DiskError
+from devices.storage.backend import ZERO, DiskError
 from devices.storage.sense import (
     INVALID_FIELD_IN_CDB,
     READ_ERROR,
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from devices.synthetic.storvsp.qos import Limits
 
 _FILL_CHUNK = 1 << 20
+#: What one GET LBA STATUS may tell, so that none takes long; initiators go on where an answer ends.
+MAX_LBA_STATUS_BYTES = 16 << 10
+_MAX_RUN = 0xFFFF_FFFF
 
 
 class Outcome(NamedTuple):
@@ -43,9 +47,9 @@ def failed(sense: Sense) -> Outcome:
 class Lun:
     """One logical unit in front of `disk`; any thread, several at once."""
 
-    def __init__(self, disk: Disk, identity: bytes, limits: Limits | None = None) -> None:
+    def __init__(self, disk: Disk, nexus: bytes = bytes(8), limits: Limits | None = None) -> None:
         self.disk = disk
-        self.target = scsi.Target(disk, identity)
+        self.target = scsi.Target(disk, disk.identity, nexus)
         self.limits = limits
         self.statistics = Statistics()
         #: Set once the unit is being taken away: nothing new is to begin.
@@ -54,7 +58,13 @@ class Lun:
     def inspect(self) -> dict[str, Any]:
         """Return the disk, its limits, counters and latencies."""
         limits = self.limits.inspect() if self.limits is not None else None
-        return {"disk": self.disk.inspect(), "limits": limits, **self.statistics.inspect()}
+        return {
+            "disk": self.disk.inspect(),
+            "limits": limits,
+            "write_cache": self.target.modes.write_cache,
+            "reservations": self.target.reservations.inspect(),
+            **self.statistics.inspect(),
+        }
 
     def plan(self, cdb: bytes, buffer: Sequence[memoryview], length: int, data_in: bool) -> plans.Plan:
         """What to do for a command, without doing it.
@@ -99,10 +109,16 @@ class Lun:
             case plans.Unmap(ranges):
                 for offset, size in ranges:
                     disk.trim(offset, size)
+                self._flush_unless_cached()
                 return Outcome(length)
             case plans.Fill():
                 self._fill(plan)
+                self._flush_unless_cached()
                 return Outcome(length)
+            case plans.LbaStatus(offset, room):
+                return Outcome(fill(buffer, lba_status(disk, offset, room)))
+            case plans.Conflict():
+                return Outcome(0, ScsiStatus.RESERVATION_CONFLICT)
             case plans.Parameters():
                 raise AssertionError("parameters lead to parameters")
         return Outcome()
@@ -126,6 +142,10 @@ class Lun:
             case _:
                 self.statistics.count(None, latency_ns)
 
+    def _flush_unless_cached(self) -> None:
+        if not self.target.modes.write_cache:
+            self.disk.flush()
+
     def _fill(self, plan: plans.Fill) -> None:
         if plan.discard and not any(plan.block):
             self.disk.write_zeros(plan.offset, plan.length)
@@ -136,6 +156,30 @@ class Lun:
             step = min(len(pattern), end - offset)
             self.disk.write(offset, [pattern[:step]])
             offset += step
+
+
+def lba_status(disk: Disk, offset: int, room: int) -> bytes:
+    """GET LBA STATUS parameter data of up to `room` bytes: runs of blocks from `offset` on, stored or not."""
+    block = disk.sector_size
+    runs: list[list[int]] = []  # first block, blocks, provisioning status: 0 mapped, 1 deallocated
+    limit = min(room - 8, MAX_LBA_STATUS_BYTES) // 16
+    at = offset // block
+    for extent in disk.extents(offset, disk.size - offset) if limit > 0 else ():
+        end, status = extent.offset + extent.length, int(extent.kind == ZERO)
+        # A block that is stored in part is stored.
+        until = end // block if status else -(-end // block)
+        while at < until:
+            if runs and runs[-1][2] == status and runs[-1][1] < _MAX_RUN:
+                runs[-1][1] += (step := min(until - at, _MAX_RUN - runs[-1][1]))
+            elif len(runs) == limit:
+                break
+            else:
+                runs.append([at, step := min(until - at, _MAX_RUN), status])
+            at += step
+        if at < until:
+            break
+    body = b"".join(struct.pack(">QIB3x", *run) for run in runs)
+    return (struct.pack(">I4x", 4 + len(body)) + body)[:room]
 
 
 def first(views: Sequence[memoryview], length: int) -> list[memoryview]:

@@ -46,6 +46,7 @@ class NtStatus(IntEnum):
     INVALID_DEVICE_REQUEST = 0xC000_0010
     REVISION_MISMATCH = 0xC000_0059
     DEVICE_DOES_NOT_EXIST = 0xC000_00C0
+    CANCELLED = 0xC000_0120
     INVALID_DEVICE_STATE = 0xC000_0184
     IO_DEVICE_ERROR = 0xC000_0185
 
@@ -54,6 +55,7 @@ class SrbStatus(IntEnum):
     """How a SCSI request ended; the flag `SRB_AUTOSENSE_VALID` may be added."""
 
     SUCCESS = 0x01
+    ABORTED = 0x02
     ERROR = 0x04
     BUSY = 0x05
     INVALID_REQUEST = 0x06
@@ -129,6 +131,7 @@ def scsi_completion(
 
 _NT_STATUS = {
     SrbStatus.SUCCESS: NtStatus.SUCCESS,
+    SrbStatus.ABORTED: NtStatus.CANCELLED,
     SrbStatus.ERROR: NtStatus.IO_DEVICE_ERROR,
     SrbStatus.BUSY: NtStatus.DEVICE_BUSY,
     SrbStatus.INVALID_REQUEST: NtStatus.IO_DEVICE_ERROR,

@@ -7,42 +7,58 @@ it out.
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING
 
+from devices.saved import check_version, saved_bool, saved_bytes
 from devices.storage.cdb import CDB_LENGTHS, Op
-from devices.storage.plans import Fail, Fill, Flush, Parameters, Read, Reply, Unmap, Verify, Write
+from devices.storage.plans import Conflict, Fail, Fill, Flush, LbaStatus, Parameters, Read, Reply, Unmap, Verify, Write
+from devices.storage.reservations import Reservations
 from devices.storage.sense import (
+    CAPACITY_CHANGED,
     INVALID_FIELD_IN_CDB,
     INVALID_FIELD_IN_PARAMETERS,
     INVALID_OPCODE,
     LBA_OUT_OF_RANGE,
     NO_SENSE,
     PARAMETER_LIST_LENGTH,
-    SAVING_NOT_SUPPORTED,
     WRITE_PROTECTED,
+    Sense,
 )
-from devices.synthetic.storvsp import inquiry
+from devices.synthetic.storvsp import inquiry, supported
+from devices.synthetic.storvsp.modes import ModePages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from devices.storage.backend import Disk
     from devices.storage.plans import Plan
 
 
-_READ_CAPACITY_16 = 0x10
-_CACHING_PAGE = 0x08
-_ALL_PAGES = 0x3F
+_READ_CAPACITY_16, _GET_LBA_STATUS = 0x10, 0x12
+_REPORT_SUPPORTED_OPERATION_CODES = 0x0C
+#: Commands that a pending unit attention does not hold up. SPC-4 section 5.14.
+_IN_SPITE_OF_ATTENTION = (Op.INQUIRY, Op.REPORT_LUNS, Op.REQUEST_SENSE)
 
 
 class Target:
-    """One logical unit of direct-access type in front of a disk's properties.
+    """One logical unit of direct-access type in front of a disk's properties, as the initiator `nexus` sees it.
 
-    `identity` names the unit in VPD pages: sixteen bytes, kept over restarts and moves.
+    `identity` names the unit in VPD pages: sixteen bytes, kept over restarts and moves. Units in front of one disk
+    share its `reservations`. Any thread.
     """
 
-    def __init__(self, disk: Disk, identity: bytes) -> None:
+    def __init__(
+        self, disk: Disk, identity: bytes, nexus: bytes = bytes(8), reservations: Reservations | None = None
+    ) -> None:
         self.identity = identity
+        self.modes = ModePages(disk.readonly)
+        self.reservations = reservations or Reservations()
+        self.reservations.join(nexus, self.attend)
+        self._nexus = nexus
+        self._attentions: list[Sense] = []
+        self._lock = threading.Lock()
         self._readonly = disk.readonly
         self._physical = disk.physical_sector_size
         self._zeroes = disk.trim_zeroes
@@ -55,7 +71,8 @@ class Target:
             Op.READ_6: self._read_write_6,
             Op.WRITE_6: self._read_write_6,
             Op.INQUIRY: self._inquiry,
-            Op.MODE_SENSE_6: self._mode_sense_6,
+            Op.MODE_SELECT_6: self._mode_select_6,
+            Op.MODE_SENSE_6: lambda cdb, length, data_in: self._mode_sense(cdb, cdb[4], False),
             Op.START_STOP_UNIT: self._start_stop,
             Op.READ_CAPACITY_10: self._read_capacity_10,
             Op.READ_10: self._read_write_10,
@@ -64,13 +81,17 @@ class Target:
             Op.SYNCHRONIZE_CACHE_10: self._synchronize_10,
             Op.WRITE_SAME_10: self._write_same_10,
             Op.UNMAP: self._unmap,
-            Op.MODE_SENSE_10: self._mode_sense_10,
+            Op.MODE_SELECT_10: self._mode_select_10,
+            Op.MODE_SENSE_10: lambda cdb, length, data_in: self._mode_sense(cdb, cdb[7] << 8 | cdb[8], True),
+            Op.PERSISTENT_RESERVE_IN: lambda cdb, length, data_in: self.reservations.plan_in(cdb),
+            Op.PERSISTENT_RESERVE_OUT: self._reserve_out,
             Op.READ_16: self._read_write_16,
             Op.WRITE_16: self._read_write_16,
             Op.VERIFY_16: self._verify_16,
             Op.SYNCHRONIZE_CACHE_16: self._synchronize_16,
             Op.WRITE_SAME_16: self._write_same_16,
             Op.SERVICE_ACTION_IN_16: self._service_action_in,
+            Op.MAINTENANCE_IN: self._maintenance_in,
             Op.READ_12: self._read_write_12,
             Op.WRITE_12: self._read_write_12,
         }
@@ -88,7 +109,51 @@ class Target:
             return Fail(INVALID_OPCODE)
         if len(cdb) < CDB_LENGTHS[cdb[0] >> 5]:
             return Fail(INVALID_FIELD_IN_CDB)
+        if self._attentions and cdb[0] not in _IN_SPITE_OF_ATTENTION:
+            sense = self._next_attention()
+            if sense is not None:
+                return Fail(sense)
+        if self.reservations.conflict(self._nexus, cdb):
+            return Conflict()
         return command(cdb, length, data_in)
+
+    def attend(self, sense: Sense) -> None:
+        """Have the initiator learn of something with its next command."""
+        with self._lock:
+            if sense not in self._attentions:
+                self._attentions.append(sense)
+
+    def _next_attention(self) -> Sense | None:
+        with self._lock:
+            return self._attentions.pop(0) if self._attentions else None
+
+    def resized(self, size: int) -> None:
+        """The disk has `size` bytes now; the initiator learns of it."""
+        self._blocks = size // self._block
+        self.attend(CAPACITY_CHANGED)
+
+    def save(self) -> dict[str, Any]:
+        """Return what the initiator has set, and has still to learn."""
+        with self._lock:
+            attentions = [[sense.key, sense.asc, sense.ascq] for sense in self._attentions]
+        return {
+            "version": 1,
+            "identity": self.identity,
+            "write_cache": self.modes.write_cache,
+            "attentions": attentions,
+            "reservations": self.reservations.save(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `save` returned; raises ValueError if it doesn't fit."""
+        check_version(state, 1)
+        self.identity = saved_bytes(state, "identity", 16, 16)
+        self.modes.write_cache = saved_bool(state, "write_cache")
+        try:
+            self._attentions = [Sense(int(key), int(asc), int(ascq)) for key, asc, ascq in state["attentions"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"saved unit attentions are damaged: {error}") from error
+        self.reservations.restore(state["reservations"])
 
     # Data transfer. The CDBs differ in where address and length stand, so each form unpacks and one judges.
 
@@ -119,7 +184,7 @@ class Target:
         if flags & 0xE0 or blocks > self._max_blocks or size > length or (size and data_in == write):
             return Fail(INVALID_FIELD_IN_CDB)
         if write:
-            return Write(lba * self._block, size, bool(flags & 0x08))
+            return Write(lba * self._block, size, bool(flags & 0x08) or not self.modes.write_cache)
         return Read(lba * self._block, size)
 
     def _check(self, lba: int, blocks: int) -> Fail | None:
@@ -218,7 +283,7 @@ class Target:
     def _request_sense(self, cdb: bytes, length: int, data_in: bool) -> Plan:
         if cdb[1] & 1:  # DESC: descriptor format
             return Fail(INVALID_FIELD_IN_CDB)
-        return Reply(NO_SENSE.encode()[: cdb[4]])
+        return Reply((self._next_attention() or NO_SENSE).encode()[: cdb[4]])
 
     def _start_stop(self, cdb: bytes, length: int, data_in: bool) -> Plan:
         # LOEJ, bit 1: there is nothing to eject. Power conditions, bits 7:4, and START change nothing here.
@@ -228,38 +293,48 @@ class Target:
         return Reply(struct.pack(">II", min(self._blocks - 1, 0xFFFF_FFFF), self._block))
 
     def _service_action_in(self, cdb: bytes, length: int, data_in: bool) -> Plan:
-        if cdb[1] & 0x1F != _READ_CAPACITY_16:
+        lba, allocation = struct.unpack_from(">2xQI", cdb)
+        action = cdb[1] & 0x1F
+        if action == _GET_LBA_STATUS:
+            return self._check(lba, 0) or LbaStatus(lba * self._block, min(allocation, length))
+        if action != _READ_CAPACITY_16:
             return Fail(INVALID_FIELD_IN_CDB)
-        (allocation,) = struct.unpack_from(">I", cdb, 10)
         exponent = (self._physical // self._block).bit_length() - 1
         # LBPME: thinly provisioned; LBPRZ: unmapped blocks read as zeros.
         thin = 0 if self._readonly else 0x80 | (0x40 if self._zeroes else 0)
         return Reply(struct.pack(">QIBBB17x", self._blocks - 1, self._block, 0, exponent, thin)[:allocation])
 
-    def _mode_sense_6(self, cdb: bytes, length: int, data_in: bool) -> Plan:
-        pages = self._mode_pages(cdb)
-        if isinstance(pages, Fail):
-            return pages
-        header = struct.pack(">BBBx", 3 + len(pages), 0, self._device_specific())
-        return Reply((header + pages)[: cdb[4]])
-
-    def _mode_sense_10(self, cdb: bytes, length: int, data_in: bool) -> Plan:
-        pages = self._mode_pages(cdb)
-        if isinstance(pages, Fail):
-            return pages
-        (allocation,) = struct.unpack_from(">H", cdb, 7)
-        header = struct.pack(">HBB4x", 6 + len(pages), 0, self._device_specific())
-        return Reply((header + pages)[:allocation])
-
-    def _device_specific(self) -> int:
-        # WP, and DPOFUA: the FUA bit of writes is honoured.
-        return 0x10 | (0x80 if self._readonly else 0)
-
-    def _mode_pages(self, cdb: bytes) -> bytes | Fail:
-        control, page, subpage = cdb[2] >> 6, cdb[2] & 0x3F, cdb[3]
-        if control == 3:
-            return Fail(SAVING_NOT_SUPPORTED)
-        if page not in (_CACHING_PAGE, _ALL_PAGES) or (subpage and not (page == _ALL_PAGES and subpage == 0xFF)):
+    def _maintenance_in(self, cdb: bytes, length: int, data_in: bool) -> Plan:
+        if cdb[1] & 0x1F != _REPORT_SUPPORTED_OPERATION_CODES:
             return Fail(INVALID_FIELD_IN_CDB)
-        # Caching page: WCE set and not changeable.
-        return struct.pack(">BBB17x", _CACHING_PAGE, 18, 0 if control == 1 else 0x04)
+        return supported.report(cdb)
+
+    # What the initiator may set.
+
+    def _mode_sense(self, cdb: bytes, allocation: int, ten: bool) -> Plan:
+        data = self.modes.sense(cdb, ten)
+        return data if isinstance(data, Fail) else Reply(data[:allocation])
+
+    def _mode_select_6(self, cdb: bytes, length: int, data_in: bool) -> Plan:
+        return self._mode_select(cdb, cdb[4], length, data_in, False)
+
+    def _mode_select_10(self, cdb: bytes, length: int, data_in: bool) -> Plan:
+        return self._mode_select(cdb, cdb[7] << 8 | cdb[8], length, data_in, True)
+
+    def _mode_select(self, cdb: bytes, size: int, length: int, data_in: bool, ten: bool) -> Plan:
+        # PF, bit 4: pages as the standard has them; SP, bit 0: nothing is saved.
+        if cdb[1] & 0x11 != 0x10 or size > length or (size and data_in):
+            return Fail(INVALID_FIELD_IN_CDB)
+        if size == 0:
+            return Reply()
+        return Parameters(size, lambda data: self._take_modes(data, ten))
+
+    def _take_modes(self, data: bytes, ten: bool) -> Plan:
+        with self._lock:
+            before = self.modes.write_cache
+            refusal = self.modes.select(data, ten)
+            # What is still in the cache is to be written now that there shall be none.
+            return refusal or (Flush() if before and not self.modes.write_cache else Reply())
+
+    def _reserve_out(self, cdb: bytes, length: int, data_in: bool) -> Plan:
+        return self.reservations.plan_out(self._nexus, cdb, length, data_in)

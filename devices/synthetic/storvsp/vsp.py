@@ -76,6 +76,8 @@ class StorVsp(Vsp):
         self.max_subchannels = max_subchannels
         self.worker_count = 1 + max_subchannels
         self._max_version = max_version
+        # The guest as an initiator: eight bytes, in the form of a locally assigned NAA name.
+        self._nexus = bytes((0x30 | self.instance_id.bytes[0] & 0xF,)) + self.instance_id.bytes[1:8]
         self._state = _BEGIN
         self._version = 0
         self._commands = Commands(self.name, make_lane)
@@ -83,7 +85,7 @@ class StorVsp(Vsp):
         # Guards the handshake's state and the channels.
         self._lock = threading.Lock()
         for lun, disk in disks.items():
-            self._commands.attach(lun, Lun(disk, disk.identity))
+            self._commands.attach(lun, Lun(disk, self._nexus))
 
     def attached(self, bus: VmBus, workers: Sequence[Worker]) -> None:
         """The controller is on `bus`."""
@@ -98,7 +100,7 @@ class StorVsp(Vsp):
 
     def add_disk(self, lun: int, disk: Disk, limits: Limits | None = None) -> None:
         """Plug `disk` in at `lun` and have the guest look; raises ValueError if the LUN is taken or out of range."""
-        self._commands.attach(lun, Lun(disk, disk.identity, limits))
+        self._commands.attach(lun, Lun(disk, self._nexus, limits))
         self._announce()
 
     def remove_disk(self, lun: int) -> Disk:
@@ -106,6 +108,20 @@ class StorVsp(Vsp):
         gone = self._commands.detach(lun)
         self._announce()
         return gone.disk
+
+    def resize_disk(self, lun: int, size: int) -> None:
+        """Make the disk at `lun` larger and have the guest notice.
+
+        Raises ValueError if there is none or it would be smaller, what `Disk.resize` raises, or OSError.
+        """
+        unit = self._commands.luns.get(lun)
+        if unit is None:
+            raise ValueError(f"{self.name} has no disk at LUN {lun}")
+        if size < unit.disk.size:
+            raise ValueError(f"a running VM's disk can only grow: it has {unit.disk.size} bytes")
+        unit.disk.resize(size)
+        unit.target.resized(size)
+        self._announce()  # for an idle guest: it sends TEST UNIT READY, and hears of the new capacity
 
     def _announce(self) -> None:
         with self._lock:
@@ -219,7 +235,7 @@ class StorVsp(Vsp):
     def save(self) -> dict[str, Any]:
         """Return the handshake's state and what the guest knows its disks by."""
         luns = [
-            {"lun": lun, "size": unit.disk.size, "identity": unit.target.identity}
+            {"lun": lun, "size": unit.disk.size, **unit.target.save()}
             for lun, unit in sorted(self._commands.luns.items())
         ]
         return {"version": 1, "state": self._state, "protocol": self._version, "luns": luns}
@@ -233,7 +249,7 @@ class StorVsp(Vsp):
         if sizes != {saved["lun"]: saved["size"] for saved in state["luns"]}:
             raise ValueError(f"{self.name}: the disks differ in LUN or size from those of the saved state")
         for saved in state["luns"]:
-            luns[saved["lun"]].target.identity = saved["identity"]
+            luns[saved["lun"]].target.restore(saved)
         self._state, self._version = state["state"], state["protocol"]
 
     def inspect(self) -> dict[str, Any]:
