@@ -23,7 +23,7 @@ struct driver {
     u32 kicks;                                                   /* how often the host was told by an exit */
 };
 
-extern struct driver storvsc, virtio_blk;
+extern struct driver storvsc, virtio_blk, ide_pio, ide_dma;
 
 extern u8 buffers[MAX_DEPTH][MAX_BYTES]; /* physically contiguous, as all memory here */
 

@@ -34,7 +34,7 @@ static const struct {
     bool write, random;
 } operations[] = {{"read", false, false}, {"write", true, false}, {"randread", false, true}, {"randwrite", true, true}};
 
-static struct driver *const drivers[] = {&storvsc, &virtio_blk};
+static struct driver *const drivers[] = {&storvsc, &virtio_blk, &ide_pio, &ide_dma};
 
 extern u64 gdt[];
 extern u8 user_end[];
@@ -164,38 +164,33 @@ static void end(u32 slot, bool good)
         }
 }
 
-/* Requests that are over are taken before new ones are shown to the host, which is told once for all of them. */
+/* All requests that are over are taken and begun anew before the host is told, once for all of them. */
 static void run(void)
 {
     u64 start = rdtsc(), limit = test.milliseconds * tsc_per_ms;
     u32 running = 0;
-    bool more = true;
+    bool untold = true;
 
     while (running < test.depth)
         begin(running++);
-    driver->kick();
     while (running) {
-        u32 begun = 0;
         bool good;
         int slot = driver->poll(&good);
 
-        if (slot < 0) {
-            pause();
-            continue;
-        }
-        more = rdtsc() - start < limit;
-        do {
+        if (slot >= 0) {
             end((u32)slot, good);
-            if (more) {
+            if (rdtsc() - start < limit) {
                 begin((u32)slot);
-                begun++;
+                untold = true;
             } else {
                 running--;
             }
-            slot = driver->poll(&good);
-        } while (slot >= 0);
-        if (begun)
+        } else if (untold) {
             driver->kick();
+            untold = false;
+        } else {
+            pause();
+        }
     }
     test.ticks = rdtsc() - start;
 }

@@ -63,7 +63,7 @@ def write_image(path: Path, size: int) -> None:
 
 
 def command_line(driver: str, tests: Sequence[Workload]) -> str:
-    """What the guest does, and by which driver: storvsc or virtio-blk."""
+    """What the guest does, and by which driver: storvsc, virtio-blk, ide-pio or ide-dma."""
     return " ".join([f"disk={driver}", *(test.word for test in tests)])
 
 
@@ -76,13 +76,14 @@ def pyvmm_command(elf: Path, console: Path, image: Path, driver: str, tests: Seq
 
 def qemu_command(elf: Path, console: Path, image: Path, driver: str, tests: Sequence[Workload]) -> list[str]:
     """The command that runs the guest under QEMU."""
+    virtio = driver == "virtio-blk"
     cpu = "qemu64" if Path("/sys/module/kvm_pvm").exists() else "host"
     return [
         *("timeout", str(_TIMEOUT_S), "qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", cpu, "-m", "64"),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}", "-kernel", str(elf)),
         *("-append", command_line(driver, tests), "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-        *("-drive", f"if=none,id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
-        *("-device", "virtio-blk-pci,drive=disk"),
+        *("-drive", f"if={'none' if virtio else 'ide'},id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
+        *(("-device", "virtio-blk-pci,drive=disk") if virtio else ()),
     ]
 
 
