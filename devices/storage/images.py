@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from devices.storage.backend import Disk, Finding
 
 #: By suffix of the file's name. Content is never asked: a guest can write any header into a raw image.
-SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso"}
-FORMATS = ("raw", "iso")
+SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso", ".vhd": "vhd"}
+FORMATS = ("raw", "iso", "vhd")
 #: Formats with differencing disks.
 DIFFERENCING = ("vhd", "vhdx")
 
@@ -46,6 +46,10 @@ def open_file(file: HostFile, kind: str) -> Disk:
 
 def open_layer(file: HostFile, kind: str) -> Disk:
     """What an open `file` alone makes; of a differencing disk that is not all that can be read."""
+    if kind == "vhd":
+        from devices.storage.vhd.disk import open_vhd
+
+        return open_vhd(file)
     from devices.storage.raw import IsoDisk, RawDisk
 
     return IsoDisk(file) if kind == "iso" else RawDisk(file)
@@ -60,6 +64,10 @@ def check_image(path: str, format: str | None = None, repair: bool = False) -> l
     kind = known(path, format)
     file = HostFile(path, readonly=not repair)
     try:
+        if kind == "vhd":
+            from devices.storage.vhd.check import check as check_vhd
+
+            return check_vhd(file, repair)
         from devices.storage.raw import check
 
         return check(file, repair, 2048 if kind == "iso" else 512)

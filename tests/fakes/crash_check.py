@@ -41,27 +41,31 @@ def check_crashes(
     windows: Sequence[tuple[int, int]] = (),
     sizes: Sequence[int] = (),
     examples: int = 10,
-    shrink: bool = True,
+    shrinks: bool = False,
 ) -> None:
     """Run random workloads on a format, and cut the power at every step of the file layer's calls.
 
     `make(file)` formats the empty `file` and opens the disk in it; `reopen(file)` opens it again. `windows`
     are the (offset, length) that are used and checked, where the whole disk would be too much; `sizes` those to
-    resize to. After each cut the image must open, at once or after further cuts in the middle of its recovery, and each
-    sector must hold what it held at the last acknowledged flush, or what was written to it later. I/O errors may
-    keep an operation from being done, but lose nothing either. `shrink` looks for the shortest workload that fails,
-    which takes a while. PYVMM_CRASH_EXAMPLES in the environment sets another number of workloads.
+    resize to, also to smaller ones if the format `shrinks`. After each cut the image must open, at once or after
+    further cuts in the middle of its recovery, and each sector must hold what it held at the last acknowledged flush,
+    or what was written to it later. I/O errors may keep an operation from being done, but lose nothing either.
+    PYVMM_CRASH_EXAMPLES in the environment sets another number of workloads, and has the shortest one that fails
+    looked for.
     """
 
+    wanted = os.environ.get("PYVMM_CRASH_EXAMPLES")
+    phases = [phase for phase in settings().phases if wanted or phase not in (Phase.shrink, Phase.explain)]
+
     @settings(
-        max_examples=int(os.environ.get("PYVMM_CRASH_EXAMPLES", examples)),
+        max_examples=int(wanted or examples),
         deadline=None,
-        phases=[phase for phase in settings().phases if shrink or phase not in (Phase.shrink, Phase.explain)],
+        phases=phases,
         suppress_health_check=list(HealthCheck),
     )
     @given(operations=_OPERATIONS, seed=st.integers(0, 1 << 32), atom=st.sampled_from((512, 4096)))
     def run(operations: list[tuple[str, int, int]], seed: int, atom: int) -> None:
-        life = _Life(make, reopen, windows, sizes, seed, atom)
+        life = _Life(make, reopen, windows, sizes, shrinks, seed, atom)
         try:
             for operation in operations:
                 life.do(*operation)
@@ -100,12 +104,14 @@ class _Life:
         reopen: Callable[[CrashFile], Disk],
         windows: Sequence[tuple[int, int]],
         sizes: Sequence[int],
+        shrinks: bool,
         seed: int,
         atom: int,
     ) -> None:
         self.reopen = reopen
         self.rng = random.Random(seed)
         self.sizes = sizes
+        self.shrinks = shrinks
         self.serial = 0
         self.cuts = 0
         self.file = CrashFile(Medium(atom))
@@ -162,9 +168,11 @@ class _Life:
         self._change(dict.fromkeys(units, _ZERO), lambda: self.disk.trim(offset, length), surely)
 
     def _resize(self, first: int, second: int) -> None:
-        if not self.sizes:
+        before = self.disk.size
+        sizes = [size for size in self.sizes if size >= before or self.shrinks]
+        if not sizes:
             return
-        before, after = self.disk.size, self.rng.choice(self.sizes)
+        after = self.rng.choice(sizes)
         values = {unit: _ZERO for unit in self.model.now if unit * _UNIT >= min(before, after)}
         self.model.sizes.add(after)
         self._change(values, lambda: self.disk.resize(after))
