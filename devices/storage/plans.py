@@ -66,19 +66,24 @@ class Flush:
 
 @dataclass(frozen=True, slots=True)
 class Unmap:
-    """Discard each (offset, length)."""
+    """Discard each (offset, length); with `fua` that must be on stable storage before the status is given."""
 
     ranges: list[tuple[int, int]]
+    fua: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Repeat `block` all over the range; `discard` allows to do so by discarding if that reads the same."""
+    """Repeat `block` all over the range; `discard` allows to do so by discarding if that reads the same.
+
+    With `fua` it must be on stable storage before the status is given.
+    """
 
     offset: int
     length: int
     block: bytes
     discard: bool
+    fua: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ _COMMANDS = {
     "inspect": "show the live state of the VM, or a part of it",
     "add-disk": "plug in a disk",
     "remove-disk": "unplug a disk",
+    "eject": "take the disc out of a CD or DVD drive",
+    "insert": "put an ISO image into a CD or DVD drive",
     "resize-disk": "make a disk larger while the guest uses it",
     "status": "show the VM's name, process and state",
 }
@@ -60,8 +62,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
     by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as board/devices")
     by_name["add-disk"].add_argument("disk", metavar="PATH[,OPTION]...", type=parse_disk, help=f"as {DISK_FORM}")
-    for name in ("remove-disk", "resize-disk"):
+    for name in ("remove-disk", "resize-disk", "eject", "insert"):
         by_name[name].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
+    by_name["eject"].add_argument("--force", action="store_true", help="also if the guest has locked the drive")
+    by_name["insert"].add_argument("image", metavar="PATH", help="ISO image")
     by_name["resize-disk"].add_argument("size", metavar="SIZE", type=parse_size, help="the new size, such as 20G")
     parser.set_defaults(run=run)
 
@@ -121,6 +125,10 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         message.update(controller=args.place[0], lun=args.place[1])
     if args.command == "resize-disk":
         message.update(size=args.size)
+    elif args.command == "eject":
+        message.update(force=args.force)
+    elif args.command == "insert":
+        message.update(path=os.path.abspath(args.image))
     return message
 
 

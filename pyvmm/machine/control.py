@@ -49,7 +49,9 @@ class Commands:
         #: By name: the arguments that a command knows, and what carries it out.
         self._table: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], dict[str, Any]]]] = {
             "add-disk": (tuple(DiskConfig.__annotations__), self._add_disk),
+            "eject": (("controller", "lun", "force"), self._eject),
             "enlightenments": ((), lambda _: machine.enlightenments()),
+            "insert": (("controller", "lun", "path"), self._insert),
             "inspect": (("path",), self._inspect),
             "pause": ((), lambda _: self._control(machine.pause)),
             "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),
@@ -97,10 +99,7 @@ class Commands:
         return {"name": self._name, "pid": os.getpid(), "state": self._machine.state}
 
     def _add_disk(self, arguments: _Arguments) -> dict[str, Any]:
-        path = arguments.text("path")
-        if not os.path.isabs(path):
-            raise RequestError("path: it is not absolute")
-        config = DiskConfig(path, arguments.flag("readonly"))
+        config = DiskConfig(arguments.path(), arguments.flag("readonly"))
         config.controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1, default=0)
         if arguments.has("lun"):
             config.lun = arguments.integer("lun", 0, MAX_LUNS - 1)
@@ -115,6 +114,12 @@ class Commands:
 
     def _remove_disk(self, arguments: _Arguments) -> dict[str, Any]:
         return self._machine.disks.remove(*self._place(arguments))
+
+    def _eject(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.disks.eject(*self._place(arguments), arguments.flag("force"))
+
+    def _insert(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.disks.insert(*self._place(arguments), arguments.path())
 
     def _resize_disk(self, arguments: _Arguments) -> dict[str, Any]:
         return self._machine.disks.resize(*self._place(arguments), arguments.integer("size", 1, MAX_DISK))
@@ -156,6 +161,12 @@ class _Arguments:
         if not isinstance(value, str) or "\0" in value:
             raise RequestError(f"{name}: expected a string without NUL")
         return value
+
+    def path(self) -> str:
+        path = self.text("path")
+        if not os.path.isabs(path):
+            raise RequestError("path: it is not absolute")
+        return path
 
     def flag(self, name: str) -> bool:
         value = self._values.get(name, False)

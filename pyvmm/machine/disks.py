@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 
 class Slot:
-    """One disk at its place: `lun` of SCSI controller `controller`."""
+    """One disk at its place: `lun` of SCSI controller `controller`. A CD or DVD drive may be without `disk`."""
 
     def __init__(self, config: DiskConfig, lun: int, disk: Disk) -> None:
         self.config = config
         self.controller = config.controller
         self.lun = lun
-        self.disk = disk
+        self.optical = disk.optical
+        self.disk: Disk | None = disk
 
 
 class Disks:
@@ -46,14 +47,8 @@ class Disks:
             raise
 
     def _open(self, config: DiskConfig) -> Slot:
-        from devices.storage.backend import DiskError
-        from devices.storage.images import open_image
-
         lun = self._place(config)
-        try:
-            disk = open_image(config.path, config.readonly, config.format)
-        except DiskError as error:
-            raise ConfigError(str(error)) from error
+        disk = _open(config.path, config.readonly, config.format)
         slot = self._slots[config.controller, lun] = Slot(config, lun, disk)
         return slot
 
@@ -91,7 +86,50 @@ class Disks:
             lost = _close(slot.disk)
         if lost is not None:
             raise ConfigError(lost)
-        return {"controller": controller, "lun": lun, "path": slot.disk.path}
+        return {"controller": controller, "lun": lun, "path": slot.disk.path if slot.disk is not None else None}
+
+    def insert(self, controller: int, lun: int, path: str) -> dict[str, Any]:
+        """Put the ISO image at `path` into a CD or DVD drive, in place of the disc that may be in it."""
+        synthetic = self._synthetic()
+        with self._lock:
+            slot = self._find_drive(controller, lun)
+            disc = _open(path, True, "iso")
+            try:
+                self._change(synthetic, slot, disc, False)
+            except BaseException:
+                disc.close()
+                raise
+        return {"controller": controller, "lun": lun, "path": path}
+
+    def eject(self, controller: int, lun: int, force: bool = False) -> dict[str, Any]:
+        """Take the disc out of a CD or DVD drive; with `force` also if the guest has locked it in."""
+        synthetic = self._synthetic()
+        with self._lock:
+            slot = self._find_drive(controller, lun)
+            old = slot.disk
+            if old is None:
+                raise ConfigError(f"the drive at LUN {lun} of controller {controller} is empty")
+            self._change(synthetic, slot, None, force)
+            return {"controller": controller, "lun": lun, "path": old.path}
+
+    def _change(self, synthetic: SyntheticDevices, slot: Slot, disc: Disk | None, force: bool) -> None:
+        from devices.storage.mmc import MediumLocked
+
+        try:
+            old = synthetic.change_disc(slot, disc, force)
+        except MediumLocked:
+            raise ConfigError(
+                "the guest uses the disc and has locked the drive; it has been asked to let go: try again, or --force"
+            ) from None
+        slot.disk = disc
+        if old is not None:
+            old.close()
+
+    def _find_drive(self, controller: int, lun: int) -> Slot:
+        slot = self._find(controller, lun)
+        if not slot.optical:
+            raise ConfigError(f"at LUN {lun} of controller {controller} is a hard disk, not a CD or DVD drive")
+        return slot
 
     def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:
         """Make a disk larger, under the guest's eyes."""
@@ -105,8 +143,8 @@ class Disks:
             except (DiskError, ValueError) as error:
                 raise ConfigError(str(error)) from error
             except OSError as error:
-                raise ConfigError(f"{slot.disk.path}: cannot be resized: {error.strerror}") from error
-        return {"controller": controller, "lun": lun, "path": slot.disk.path, "size": slot.disk.size}
+                raise ConfigError(f"{slot.config.path}: cannot be resized: {error.strerror}") from error
+        return {"controller": controller, "lun": lun, "path": slot.config.path, "size": size}
 
     def _find(self, controller: int, lun: int) -> Slot:
         slot = self._slots.get((controller, lun))
@@ -121,7 +159,19 @@ class Disks:
         return next(filter(None, lost), None)
 
 
-def _close(disk: Disk) -> str | None:
+def _open(path: str, readonly: bool, format: str | None) -> Disk:
+    from devices.storage.backend import DiskError
+    from devices.storage.images import open_image
+
+    try:
+        return open_image(path, readonly, format)
+    except DiskError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _close(disk: Disk | None) -> str | None:
+    if disk is None:
+        return None
     try:
         disk.close()
     except OSError as error:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from devices.storage.backend import Disk
     from enlightenments.partition import Partition
     from pyvmm.core.clock import Clock
     from pyvmm.core.memory import GuestMemory
@@ -59,6 +60,10 @@ class SyntheticDevices:
         self._controllers: dict[int, StorVsp] = {}
         for index, slots in controllers.items():
             self._add_controller(index, slots.values())
+
+    def change_disc(self, slot: Slot, disc: Disk | None, force: bool) -> Disk | None:
+        """Change what is in a CD or DVD drive; see `StorVsp.change_disc`."""
+        return self._controllers[slot.controller].change_disc(slot.lun, disc, force)
 
     def _add_controller(self, index: int, slots: Iterable[Slot]) -> None:
         controller = StorVsp(index, {}, subchannels_for(self._vp_count))
@@ -113,6 +118,7 @@ class SyntheticDevices:
 
 
 def _plug(controller: StorVsp, slot: Slot) -> None:
+    assert slot.disk is not None, "a drive is only plugged in with a disc"
     iops, bandwidth = slot.config.iops, slot.config.bandwidth
     limits = Limits(iops, bandwidth) if iops is not None or bandwidth is not None else None
     controller.add_disk(slot.lun, slot.disk, limits)

@@ -32,6 +32,14 @@ class FakeDisks:
         self._calls.append(("remove", controller, lun))
         return {"message": "removed"}
 
+    def eject(self, controller: int, lun: int, force: bool) -> dict[str, Any]:
+        self._calls.append(("eject", controller, lun, force))
+        return {}
+
+    def insert(self, controller: int, lun: int, path: str) -> dict[str, Any]:
+        self._calls.append(("insert", controller, lun, path))
+        return {}
+
     def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:
         self._calls.append(("resize", controller, lun, size))
         return {"controller": controller, "lun": lun, "size": size}

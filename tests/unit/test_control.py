@@ -105,6 +105,8 @@ def test_inspect_walks_to_a_part_of_the_tree() -> None:
         ({"command": "add-disk", "path": "/a", "bandwidth": "1M"}, "bandwidth"),
         ({"command": "add-disk", "path": "/a", "format": "qcow2"}, "choose raw, vhd"),
         ({"command": "add-disk", "path": "/missing"}, "disk /missing: no such file"),
+        ({"command": "insert", "controller": 0, "lun": 1, "path": "x.iso"}, "not absolute"),
+        ({"command": "eject", "controller": 0, "lun": 1, "force": 1}, "force"),
         ({"command": "resize-disk", "controller": 0, "lun": 1}, "size"),
         ({"command": "resize-disk", "controller": 0, "lun": 1, "size": (64 << 40) + 1}, "size"),
         ({"command": "remove-disk", "controller": 0, "lun": 64}, "lun"),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from devices.storage.mmc import MediumLocked
 from devices.storage.raw import RawDisk
 from pyvmm.machine.config import ConfigError, DiskConfig
 from pyvmm.machine.disks import Disks, Slot
+
+if TYPE_CHECKING:
+    from devices.storage.backend import Disk
 
 
 class Controllers:
@@ -19,18 +23,26 @@ class Controllers:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, int]] = []
+        self.locked = False
 
     def plug(self, slot: Slot) -> None:
         self.seen.append(("plug", slot.controller, slot.lun))
 
     def resize(self, slot: Slot, size: int) -> None:
+        assert slot.disk is not None
         if size < slot.disk.size:
             raise ValueError("can only grow")
         slot.disk.resize(size)
 
+    def change_disc(self, slot: Slot, disc: Disk | None, force: bool) -> Disk | None:
+        if self.locked and not force:
+            raise MediumLocked
+        return slot.disk
+
     def unplug(self, slot: Slot) -> None:
         self.seen.append(("unplug", slot.controller, slot.lun))
-        os.fstat(cast("RawDisk", slot.disk)._file.fd)  # still open
+        if slot.disk is not None:
+            os.fstat(cast("RawDisk", slot.disk)._file.fd)  # still open
 
 
 @pytest.fixture
@@ -47,7 +59,7 @@ def disks(*configs: DiskConfig, synthetic: Controllers | None = None) -> Disks:
 
 def places(found: Disks) -> dict[int, dict[int, str]]:
     return {
-        controller: {lun: os.path.basename(slot.disk.path) for lun, slot in slots.items()}
+        controller: {lun: os.path.basename(slot.disk.path) for lun, slot in slots.items() if slot.disk is not None}
         for controller, slots in found.controllers().items()
     }
 
@@ -122,3 +134,33 @@ def test_a_disk_grows_and_what_cannot_be_is_refused(images: list[str], monkeypat
     with pytest.raises(ConfigError, match="cannot be resized: File too large"):
         found.resize(0, 0, 8192)
     found.close()
+
+
+def test_discs_are_changed_in_their_drive_and_closed(images: list[str], tmp_path: Path) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    discs = [str(tmp_path / name) for name in ("a.iso", "b.img")]
+    for disc in discs:
+        Path(disc).write_bytes(bytes(4096))
+    controllers = Controllers()
+    found = disks(DiskConfig(discs[0]), DiskConfig(images[0]), synthetic=controllers)
+    assert found.insert(0, 0, discs[1])["path"] == discs[1]
+    slot = found.controllers()[0][0]
+    assert slot.disk is not None and (slot.disk.path, slot.disk.format) == (discs[1], "iso")
+    controllers.locked = True
+    with pytest.raises(ConfigError, match=r"has locked the drive.*--force"):
+        found.eject(0, 0)
+    with pytest.raises(ConfigError, match=r"has locked the drive.*--force"):
+        found.insert(0, 0, discs[0])
+    assert slot.disk.path == discs[1]
+    assert found.eject(0, 0, force=True) == {"controller": 0, "lun": 0, "path": discs[1]}
+    assert slot.disk is None
+    controllers.locked = False
+    with pytest.raises(ConfigError, match="is empty"):
+        found.eject(0, 0)
+    with pytest.raises(ConfigError, match="no such file"):
+        found.insert(0, 0, "/no.iso")
+    with pytest.raises(ConfigError, match="a hard disk, not a CD or DVD drive"):
+        found.eject(0, 1)
+    assert found.remove(0, 0)["path"] is None
+    found.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before

@@ -15,6 +15,7 @@ from devices.storage.cdb import CDB_LENGTHS, Op
 from devices.storage.sense import Sense
 from devices.synthetic.storvsp import inquiry
 from devices.synthetic.storvsp.lun import Lun, Outcome
+from devices.synthetic.storvsp.scsi import Target
 from tests.fakes.disks import MemoryDisk
 
 SIZE = 1 << 20
@@ -26,14 +27,14 @@ class Initiator:
 
     def __init__(self, disk: MemoryDisk | None = None, identity: bytes = bytes(range(16))) -> None:
         self.disk = disk or MemoryDisk(SIZE)
-        self.lun = Lun(self.disk)
-        self.lun.target.identity = identity
+        self.target = Target(self.disk, identity)
+        self.lun = Lun(self.target)
 
     def run(self, cdb: bytes, data: bytearray, data_in: bool) -> Outcome:
         cut = min(len(data), 100)
         views = [memoryview(data)[:cut], memoryview(data)[cut:]]
         plan = self.lun.plan(cdb, views, len(data), data_in)
-        outcome = self.lun.carry_out(plan, views, len(data))
+        outcome = self.lun.carry_out(plan, self.disk, views, len(data))
         self.lun.count(plan, outcome, 0)
         assert (outcome.status == 2) == (outcome.sense is not None)
         return outcome
@@ -293,7 +294,7 @@ def test_unknown_commands_are_refused(op: int) -> None:
 
 def test_cdb_shorter_than_its_group_is_refused() -> None:
     initiator = Initiator()
-    for op in initiator.lun.target._commands:
+    for op in initiator.target._commands:
         if op != Op.TEST_UNIT_READY:  # nothing to decode
             assert code(initiator.fails(bytes((op, 0, 0, 0, 0)), 512)) == (5, 0x24, 0)
     assert code(initiator.fails(b"")) == (5, 0x20, 0)
@@ -492,7 +493,7 @@ def test_other_modes_cannot_be_set(page: bytes, header: bytes, flags: int, says:
 def test_unit_attention_is_told_once_and_not_in_place_of_an_inquiry() -> None:
     initiator = Initiator()
     initiator.disk.resize(2 * SIZE)
-    initiator.lun.target.resized(2 * SIZE)
+    initiator.target.resized(2 * SIZE)
     assert initiator.get(bytes((Op.INQUIRY, 0, 0, 0, 36, 0)))[8:12] == b"Msft"
     assert code(initiator.fails(bytes(6))) == (6, 0x2A, 0x09)
     assert initiator.get(bytes(6), 0) == b""
@@ -503,8 +504,8 @@ def test_unit_attention_is_told_once_and_not_in_place_of_an_inquiry() -> None:
 
 def test_request_sense_takes_the_unit_attention() -> None:
     initiator = Initiator()
-    initiator.lun.target.resized(SIZE)
-    initiator.lun.target.resized(SIZE)
+    initiator.target.resized(SIZE)
+    initiator.target.resized(SIZE)
     assert initiator.get(bytes((Op.REQUEST_SENSE, 0, 0, 0, 252, 0))) == sense.CAPACITY_CHANGED.encode()
     assert initiator.get(bytes((Op.REQUEST_SENSE, 0, 0, 0, 252, 0))) == sense.NO_SENSE.encode()
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.storage.images import open_image
+from devices.synthetic.storvsp.scsi import Target
 from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.packets import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_INBAND
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
@@ -76,6 +77,9 @@ class Rig:
 
     def disk(self, lun: int = 0) -> MemoryDisk:
         return cast("MemoryDisk", self.vsp._commands.luns[lun].disk)
+
+    def target(self, lun: int = 0) -> Target:
+        return cast("Target", self.vsp._commands.luns[lun].target)
 
 
 # The handshake ------------------------------------------------------------------------------------------
@@ -287,7 +291,9 @@ def test_removal_waits_for_the_command_under_way() -> None:
     removed = threading.Event()
 
     def remove() -> None:
-        rig.vsp.remove_disk(0).close()
+        gone = rig.vsp.remove_disk(0)
+        assert gone is disk
+        disk.close()
         removed.set()
 
     results: list[int] = []
@@ -324,7 +330,7 @@ def test_resized_disk_is_announced_and_told_in_the_form_that_linux_looks_for() -
 def test_reservation_conflict_has_its_status_and_no_sense_data() -> None:
     rig = Rig()
     guest = rig.ready()
-    reservations = rig.vsp._commands.luns[0].target.reservations
+    reservations = rig.target().reservations
     other = {"version": 1, "generation": 1, "keys": [[b"stranger", 1]], "holder": b"stranger", "type": 3}
     reservations.restore(other)
     refused = guest.write(write10(0, 1), bytes(512))
@@ -568,7 +574,7 @@ def test_save_and_restore_go_on_where_the_guest_was() -> None:
     serial = rig.guest.read(bytes((0x12, 1, 0x80, 0, 255, 0)), 255).data
     rig.guest.write(bytes((0x15, 0x10, 0, 0, 24, 0)), bytes(4) + bytes((8, 18)) + bytes(18))  # no write cache
     rig.guest.write(struct.pack(">BBB2xIx", 0x5F, 0, 0, 24), struct.pack(">QQ8x", 0, 0x1234))
-    rig.vsp._commands.luns[0].target.resized(SIZE)
+    rig.target().resized(SIZE)
     state = rig.vsp.save()
     moved = Rig({0: MemoryDisk(SIZE, name="elsewhere")})
     moved.end.close()

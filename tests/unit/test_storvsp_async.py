@@ -223,7 +223,7 @@ def test_delayed_commands_run_at_once_when_waited_for(make: Any, what: str) -> N
         limited.rig.bus.pause()
         limited.rig.bus.resume()
     elif what == "remove":
-        limited.rig.vsp.remove_disk(0).close()
+        limited.rig.vsp.remove_disk(0)
     else:
         limited.driver.collect(reset(limited.rig, RESET_BUS))
     assert limited.driver.finish(limited.requests[2]).srb_status == SUCCESS

@@ -13,6 +13,7 @@ from devices.synthetic.storvsp import tasks as tasks_module
 from devices.synthetic.storvsp.lane import Lane
 from devices.synthetic.storvsp.lun import Lun
 from devices.synthetic.storvsp.qos import BURST_S, Bucket, Limits
+from devices.synthetic.storvsp.scsi import Target
 from devices.synthetic.storvsp.statistics import BUCKETS, FLUSH, READ, Statistics
 from devices.synthetic.storvsp.tasks import Task, Tasks
 from pyvmm.core.worker import Timer
@@ -86,7 +87,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.tasks = Tasks()
-        self.luns = [Lun(MemoryDisk(512)) for _ in range(2)]
+        self.luns = [Lun(Target(MemoryDisk(512), bytes(16))) for _ in range(2)]
         self.ran: list[str] = []
         self.timers = Timers()
 

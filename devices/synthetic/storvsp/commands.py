@@ -22,6 +22,7 @@ from devices.vmbus.packets import PACKET_GPA_DIRECT, ChannelViolation, completio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from devices.storage.backend import Disk
     from devices.vmbus.bus import VmBus
     from devices.vmbus.channel import Channel
     from pyvmm.core._hot import Packet
@@ -36,7 +37,7 @@ SLOW_THREADS = 3
 class Command(Task):
     """One EXECUTE_SRB."""
 
-    __slots__ = ("body_size", "buffer", "plan", "request", "started", "transaction_id")
+    __slots__ = ("body_size", "buffer", "disk", "plan", "request", "started", "transaction_id")
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class Command(Task):
         self.buffer = buffer
         #: Set once it is known what to do.
         self.plan: plans.Plan | None = None
+        #: What the plan was made for.
+        self.disk: Disk | None = None
 
 
 class Commands:
@@ -90,6 +93,10 @@ class Commands:
         gone.gone = True  # for commands that have found it already
         self._tasks.wait(lambda task: task.lun is gone)
         return gone
+
+    def settle(self, disk: Disk) -> None:
+        """Return once no command uses `disk`, which has been taken out of its drive."""
+        self._tasks.wait(lambda task: isinstance(task, Command) and task.disk is disk)
 
     # Life ---------------------------------------------------------------------------------------------
 
@@ -157,9 +164,14 @@ class Commands:
         if lun.gone:
             self._finish(command, failed(LUN_NOT_SUPPORTED))
             return
-        plan = command.plan = lun.plan(request.cdb, command.buffer, request.data_length, request.data_in)
+        command.disk = lun.disk
+        plan = lun.plan(request.cdb, command.buffer, request.data_length, request.data_in)
+        while isinstance(plan, plans.Read) and command.disk is not lun.disk:  # the disc was changed meanwhile
+            command.disk = lun.disk
+            plan = lun.plan(request.cdb, command.buffer, request.data_length, request.data_in)
+        command.plan = plan
         if isinstance(plan, plans.Reply | plans.Fail | plans.Conflict):
-            self._finish(command, lun.carry_out(plan, command.buffer, request.data_length))
+            self._finish(command, lun.carry_out(plan, None, command.buffer, request.data_length))
             return
         quick = isinstance(plan, plans.Read) or (isinstance(plan, plans.Write) and not plan.fua)
         lane = self._quick if quick else self._slow
@@ -174,7 +186,7 @@ class Commands:
 
     def _carry_out(self, command: Command, lun: Lun, plan: plans.Plan) -> None:
         try:
-            outcome = lun.carry_out(plan, command.buffer, command.request.data_length)
+            outcome = lun.carry_out(plan, command.disk, command.buffer, command.request.data_length)
             self._finish(command, outcome)
         except BaseException as error:  # noqa: BLE001 - a bug of ours ends the VM, whichever thread runs into it
             self.bus.failed(error)

@@ -1,4 +1,4 @@
-"""A disk behind a SCSI logical unit: carries out the plans of `scsi.Target` on a `Disk`."""
+"""A SCSI logical unit: what its target plans, carried out on a `Disk`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from devices.storage import plans
 from devices.storage.backend import ZERO, DiskError
+from devices.storage.mmc import OpticalDrive
 from devices.storage.sense import (
     INVALID_FIELD_IN_CDB,
     READ_ERROR,
@@ -15,7 +16,6 @@ from devices.storage.sense import (
     Sense,
     from_os_error,
 )
-from devices.synthetic.storvsp import scsi
 from devices.synthetic.storvsp.statistics import FLUSH, READ, WRITE, Statistics
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from devices.storage.backend import Disk
     from devices.synthetic.storvsp.qos import Limits
+    from devices.synthetic.storvsp.scsi import Target
 
 _FILL_CHUNK = 1 << 20
 #: What one GET LBA STATUS may tell, so that none takes long; initiators go on where an answer ends.
@@ -45,26 +46,24 @@ def failed(sense: Sense) -> Outcome:
 
 
 class Lun:
-    """One logical unit in front of `disk`; any thread, several at once."""
+    """One logical unit: what `target` makes of commands, carried out on its disk; any thread, several at once."""
 
-    def __init__(self, disk: Disk, nexus: bytes = bytes(8), limits: Limits | None = None) -> None:
-        self.disk = disk
-        self.target = scsi.Target(disk, disk.identity, nexus)
+    def __init__(self, target: Target | OpticalDrive, limits: Limits | None = None) -> None:
+        self.target = target
         self.limits = limits
         self.statistics = Statistics()
         #: Set once the unit is being taken away: nothing new is to begin.
         self.gone = False
 
+    @property
+    def disk(self) -> Disk | None:
+        """The disk, or the disc that is in the drive now."""
+        return self.target.disc if isinstance(self.target, OpticalDrive) else self.target.disk
+
     def inspect(self) -> dict[str, Any]:
         """Return the disk, its limits, counters and latencies."""
         limits = self.limits.inspect() if self.limits is not None else None
-        return {
-            "disk": self.disk.inspect(),
-            "limits": limits,
-            "write_cache": self.target.modes.write_cache,
-            "reservations": self.target.reservations.inspect(),
-            **self.statistics.inspect(),
-        }
+        return {**self.target.inspect(), "limits": limits, **self.statistics.inspect()}
 
     def plan(self, cdb: bytes, buffer: Sequence[memoryview], length: int, data_in: bool) -> plans.Plan:
         """What to do for a command, without doing it.
@@ -78,50 +77,14 @@ class Lun:
             return plans.Fail(INVALID_FIELD_IN_CDB)
         return plan
 
-    def carry_out(self, plan: plans.Plan, buffer: Sequence[memoryview], length: int) -> Outcome:
-        """Do what `plan` says. What goes wrong in reaching the medium becomes sense data."""
+    def carry_out(self, plan: plans.Plan, disk: Disk | None, buffer: Sequence[memoryview], length: int) -> Outcome:
+        """Do what `plan` says on `disk`, for which it was made. What goes wrong there becomes sense data."""
         try:
-            return self._carry_out(plan, buffer, length)
+            return _carry_out(plan, disk, buffer, length)
         except OSError as error:
             return failed(from_os_error(error, not isinstance(plan, plans.Read | plans.Verify)))
         except DiskError:
             return failed(READ_ERROR if isinstance(plan, plans.Read | plans.Verify) else WRITE_ERROR)
-
-    def _carry_out(self, plan: plans.Plan, buffer: Sequence[memoryview], length: int) -> Outcome:
-        disk = self.disk
-        match plan:
-            case plans.Read(offset, size):
-                disk.read(offset, buffer if size == length else first(buffer, size))
-                return Outcome(size)
-            case plans.Write(offset, size, fua):
-                disk.write(offset, buffer if size == length else first(buffer, size))
-                if fua:
-                    disk.flush()
-                return Outcome(size)
-            case plans.Reply(data):
-                return Outcome(fill(buffer, data))
-            case plans.Fail(sense):
-                return failed(sense)
-            case plans.Flush():
-                disk.flush()
-            case plans.Verify(offset, size):
-                disk.read(offset, [memoryview(bytearray(size))])
-            case plans.Unmap(ranges):
-                for offset, size in ranges:
-                    disk.trim(offset, size)
-                self._flush_unless_cached()
-                return Outcome(length)
-            case plans.Fill():
-                self._fill(plan)
-                self._flush_unless_cached()
-                return Outcome(length)
-            case plans.LbaStatus(offset, room):
-                return Outcome(fill(buffer, lba_status(disk, offset, room)))
-            case plans.Conflict():
-                return Outcome(0, ScsiStatus.RESERVATION_CONFLICT)
-            case plans.Parameters():
-                raise AssertionError("parameters lead to parameters")
-        return Outcome()
 
     def count(self, plan: plans.Plan, outcome: Outcome, latency_ns: int) -> None:
         """Note how a command went."""
@@ -137,25 +100,62 @@ class Lun:
                 self.statistics.count(WRITE, latency_ns, writes=1)
             case plans.Flush():
                 self.statistics.count(FLUSH, latency_ns, flushes=1)
-            case plans.Unmap(ranges):
+            case plans.Unmap(ranges, _):
                 self.statistics.count(None, latency_ns, discards=len(ranges))
             case _:
                 self.statistics.count(None, latency_ns)
 
-    def _flush_unless_cached(self) -> None:
-        if not self.target.modes.write_cache:
-            self.disk.flush()
 
-    def _fill(self, plan: plans.Fill) -> None:
-        if plan.discard and not any(plan.block):
-            self.disk.write_zeros(plan.offset, plan.length)
-            return
-        pattern = memoryview(plan.block * (min(plan.length, _FILL_CHUNK) // len(plan.block)))
-        offset, end = plan.offset, plan.offset + plan.length
-        while offset < end:
-            step = min(len(pattern), end - offset)
-            self.disk.write(offset, [pattern[:step]])
-            offset += step
+def _carry_out(plan: plans.Plan, disk: Disk | None, buffer: Sequence[memoryview], length: int) -> Outcome:
+    match plan:
+        case plans.Reply(data):
+            return Outcome(fill(buffer, data))
+        case plans.Fail(sense):
+            return failed(sense)
+        case plans.Conflict():
+            return Outcome(0, ScsiStatus.RESERVATION_CONFLICT)
+    assert disk is not None, "a plan for a drive without a disc"
+    match plan:
+        case plans.Read(offset, size):
+            disk.read(offset, buffer if size == length else first(buffer, size))
+            return Outcome(size)
+        case plans.Write(offset, size, fua):
+            disk.write(offset, buffer if size == length else first(buffer, size))
+            if fua:
+                disk.flush()
+            return Outcome(size)
+        case plans.Flush():
+            disk.flush()
+        case plans.Verify(offset, size):
+            disk.read(offset, [memoryview(bytearray(size))])
+        case plans.Unmap(ranges, fua):
+            for offset, size in ranges:
+                disk.trim(offset, size)
+            if fua:
+                disk.flush()
+            return Outcome(length)
+        case plans.Fill():
+            _fill(disk, plan)
+            if plan.fua:
+                disk.flush()
+            return Outcome(length)
+        case plans.LbaStatus(offset, room):
+            return Outcome(fill(buffer, lba_status(disk, offset, room)))
+        case plans.Parameters():
+            raise AssertionError("parameters lead to parameters")
+    return Outcome()
+
+
+def _fill(disk: Disk, plan: plans.Fill) -> None:
+    if plan.discard and not any(plan.block):
+        disk.write_zeros(plan.offset, plan.length)
+        return
+    pattern = memoryview(plan.block * (min(plan.length, _FILL_CHUNK) // len(plan.block)))
+    offset, end = plan.offset, plan.offset + plan.length
+    while offset < end:
+        step = min(len(pattern), end - offset)
+        disk.write(offset, [pattern[:step]])
+        offset += step
 
 
 def lba_status(disk: Disk, offset: int, room: int) -> bytes:

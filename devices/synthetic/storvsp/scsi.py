@@ -52,6 +52,7 @@ class Target:
     def __init__(
         self, disk: Disk, identity: bytes, nexus: bytes = bytes(8), reservations: Reservations | None = None
     ) -> None:
+        self.disk = disk
         self.identity = identity
         self.modes = ModePages(disk.readonly)
         self.reservations = reservations or Reservations()
@@ -155,6 +156,20 @@ class Target:
             raise ValueError(f"saved unit attentions are damaged: {error}") from error
         self.reservations.restore(state["reservations"])
 
+    def reset(self) -> None:
+        """The unit is as after power-on; reservations stay."""
+        with self._lock:
+            self.modes.write_cache = True
+            self._attentions.clear()
+
+    def inspect(self) -> dict[str, Any]:
+        """Return the disk and what the initiator has set, as plain JSON data."""
+        return {
+            "disk": self.disk.inspect(),
+            "write_cache": self.modes.write_cache,
+            "reservations": self.reservations.inspect(),
+        }
+
     # Data transfer. The CDBs differ in where address and length stand, so each form unpacks and one judges.
 
     def _read_write_6(self, cdb: bytes, length: int, data_in: bool) -> Plan:
@@ -184,8 +199,12 @@ class Target:
         if flags & 0xE0 or blocks > self._max_blocks or size > length or (size and data_in == write):
             return Fail(INVALID_FIELD_IN_CDB)
         if write:
-            return Write(lba * self._block, size, bool(flags & 0x08) or not self.modes.write_cache)
+            return Write(lba * self._block, size, bool(flags & 0x08) or self._write_through)
         return Read(lba * self._block, size)
+
+    @property
+    def _write_through(self) -> bool:
+        return not self.modes.write_cache
 
     def _check(self, lba: int, blocks: int) -> Fail | None:
         if lba >= self._blocks or lba + blocks > self._blocks:
@@ -234,10 +253,10 @@ class Target:
             return refusal
         offset, size, discard = lba * self._block, blocks * self._block, bool(flags & 0x08)
         if flags & 0x01:
-            return Fill(offset, size, bytes(self._block), discard)
+            return Fill(offset, size, bytes(self._block), discard, self._write_through)
         if length < self._block or data_in:
             return Fail(INVALID_FIELD_IN_CDB)
-        return Parameters(self._block, lambda block: Fill(offset, size, block, discard))
+        return Parameters(self._block, lambda block: Fill(offset, size, block, discard, self._write_through))
 
     def _unmap(self, cdb: bytes, length: int, data_in: bool) -> Plan:
         if self._readonly:
@@ -268,7 +287,7 @@ class Target:
                 ranges.append((lba * self._block, blocks * self._block))
         if total > inquiry.MAX_UNMAP_BYTES // self._block:
             return Fail(INVALID_FIELD_IN_PARAMETERS)
-        return Unmap(ranges)
+        return Unmap(ranges, self._write_through)
 
     # What the disk says of itself.
 

@@ -11,11 +11,13 @@ import threading
 import uuid
 from typing import TYPE_CHECKING
 
+from devices.storage.mmc import OpticalDrive
 from devices.synthetic.storvsp import inquiry, protocol
 from devices.synthetic.storvsp.commands import Commands
 from devices.synthetic.storvsp.lane import Lane
 from devices.synthetic.storvsp.lun import Lun
 from devices.synthetic.storvsp.protocol import NtStatus, Operation
+from devices.synthetic.storvsp.scsi import Target
 from devices.vmbus.packets import (
     COMPLETION_REQUESTED,
     PACKET_GPA_DIRECT,
@@ -85,7 +87,7 @@ class StorVsp(Vsp):
         # Guards the handshake's state and the channels.
         self._lock = threading.Lock()
         for lun, disk in disks.items():
-            self._commands.attach(lun, Lun(disk, self._nexus))
+            self._commands.attach(lun, self._unit(lun, disk, None))
 
     def attached(self, bus: VmBus, workers: Sequence[Worker]) -> None:
         """The controller is on `bus`."""
@@ -100,11 +102,20 @@ class StorVsp(Vsp):
 
     def add_disk(self, lun: int, disk: Disk, limits: Limits | None = None) -> None:
         """Plug `disk` in at `lun` and have the guest look; raises ValueError if the LUN is taken or out of range."""
-        self._commands.attach(lun, Lun(disk, self._nexus, limits))
+        self._commands.attach(lun, self._unit(lun, disk, limits))
         self._announce()
 
-    def remove_disk(self, lun: int) -> Disk:
-        """Unplug and return the disk at `lun` once no command uses it; raises ValueError if there is none."""
+    def _unit(self, lun: int, disk: Disk, limits: Limits | None) -> Lun:
+        if not disk.optical:
+            return Lun(Target(disk, disk.identity, self._nexus), limits)
+        # The drive stays when its disc goes, so it has a name of its own.
+        return Lun(OpticalDrive(disk, uuid.uuid5(self.instance_id, f"drive {lun}").bytes), limits)
+
+    def remove_disk(self, lun: int) -> Disk | None:
+        """Unplug the unit at `lun` and return its disk once no command uses it; raises ValueError if there is none.
+
+        A drive may be without one.
+        """
         gone = self._commands.detach(lun)
         self._announce()
         return gone.disk
@@ -114,14 +125,33 @@ class StorVsp(Vsp):
 
         Raises ValueError if there is none or it would be smaller, what `Disk.resize` raises, or OSError.
         """
-        unit = self._commands.luns.get(lun)
-        if unit is None:
-            raise ValueError(f"{self.name} has no disk at LUN {lun}")
-        if size < unit.disk.size:
-            raise ValueError(f"a running VM's disk can only grow: it has {unit.disk.size} bytes")
-        unit.disk.resize(size)
-        unit.target.resized(size)
+        target = self._target(lun)
+        if isinstance(target, OpticalDrive):
+            raise ValueError(f"a CD or DVD drive is at LUN {lun}")
+        disk = target.disk
+        if size < disk.size:
+            raise ValueError(f"a running VM's disk can only grow: it has {disk.size} bytes")
+        disk.resize(size)
+        target.resized(size)
         self._announce()  # for an idle guest: it sends TEST UNIT READY, and hears of the new capacity
+
+    def change_disc(self, lun: int, disc: Disk | None, force: bool = False) -> Disk | None:
+        """Put `disc`, or nothing, into the drive at `lun`; return the disc that was in it once no command uses it.
+
+        Raises ValueError if there is no drive, and `mmc.MediumLocked` if the guest keeps the disc, unless `force`.
+        """
+        target = self._target(lun)
+        if not isinstance(target, OpticalDrive):
+            raise ValueError(f"no CD or DVD drive is at LUN {lun}")
+        old = target.change(disc, force)
+        if old is not None:
+            self._commands.settle(old)
+        return old
+
+    def _target(self, lun: int) -> Target | OpticalDrive:
+        if lun not in self._commands.luns:
+            raise ValueError(f"{self.name} has no disk at LUN {lun}")
+        return self._commands.luns[lun].target
 
     def _announce(self) -> None:
         with self._lock:
@@ -227,6 +257,8 @@ class StorVsp(Vsp):
         """Forget the handshake; the disks stay."""
         with self._lock:
             self._state, self._version = _BEGIN, 0
+        for unit in self._commands.luns.values():
+            unit.target.reset()
 
     def pause(self) -> None:
         """Return once all commands taken are done."""
@@ -235,7 +267,7 @@ class StorVsp(Vsp):
     def save(self) -> dict[str, Any]:
         """Return the handshake's state and what the guest knows its disks by."""
         luns = [
-            {"lun": lun, "size": unit.disk.size, **unit.target.save()}
+            {"lun": lun, "size": _size(unit), "target": unit.target.save()}
             for lun, unit in sorted(self._commands.luns.items())
         ]
         return {"version": 1, "state": self._state, "protocol": self._version, "luns": luns}
@@ -245,11 +277,11 @@ class StorVsp(Vsp):
         if state.get("version") != 1 or state["state"] not in _STATES:
             raise ValueError(f"{self.name}: saved state of an unknown kind")
         luns = self._commands.luns
-        sizes = {lun: unit.disk.size for lun, unit in luns.items()}
+        sizes = {lun: _size(unit) for lun, unit in luns.items()}
         if sizes != {saved["lun"]: saved["size"] for saved in state["luns"]}:
             raise ValueError(f"{self.name}: the disks differ in LUN or size from those of the saved state")
         for saved in state["luns"]:
-            luns[saved["lun"]].target.restore(saved)
+            luns[saved["lun"]].target.restore(saved["target"])
         self._state, self._version = state["state"], state["protocol"]
 
     def inspect(self) -> dict[str, Any]:
@@ -277,3 +309,8 @@ _HANDSHAKE: dict[int, tuple[str, ...]] = {
     Operation.RESET_ADAPTER: (),
     Operation.RESET_BUS: (),
 }
+
+
+def _size(unit: Lun) -> int | None:
+    """What must be the same after a restore: the size of a disk. A drive may have another disc by then."""
+    return unit.target.disk.size if isinstance(unit.target, Target) else None
