@@ -48,6 +48,12 @@ class Layer(Disk):
         """Fill what this image alone knows of `views`; return the other places, which the parent has."""
         raise NotImplementedError
 
+    def before_merge(self) -> None:
+        """Called before the parent's content changes for good: see that this image goes on knowing its parent.
+
+        Both are open for writing, and nothing was written yet. Raises DiskError or OSError.
+        """
+
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         rest = self.read_layer(offset, views)
         layer = self.parent

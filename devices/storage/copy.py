@@ -32,8 +32,7 @@ def ignore(_: int) -> None:
 def copy_disk(source: Disk, target: Disk, progress: Progress = ignore, share: bool = True) -> None:
     """Write what `source` holds to `target`, a blank disk at least as large; raises DiskError or OSError.
 
-    With `share`, raw images may come to share their data where the file system can do that. Nothing is flushed. An
-    OSError names the path of the disk that failed.
+    With `share`, raw images may come to share their data where the file system can do that. Nothing is flushed.
     """
     if source.size > target.size:
         raise DiskError(f"{target.path}: {target.size} bytes is too small for the {source.size} of {source.path}")
@@ -55,20 +54,17 @@ def copy_extents(
     def move(extent: Extent, buffer: memoryview) -> None:
         offset, length = extent.offset, extent.length
         if extent.kind == ZERO:
-            with blaming(target):
-                target.write_zeros(offset, length)
+            target.write_zeros(offset, length)
             return
         view = buffer[:length]
-        with blaming(source):
-            source.read(offset, [view])
-        with blaming(target):
-            runs = data_runs(view, _BLOCK)
-            if not runs and not blank:
-                target.write_zeros(offset, length)
-            elif not blank:
-                runs = [(0, length)]  # small holes in what is stored already are not worth their system calls
-            for start, end in runs:
-                target.write(offset + start, [view[start:end]])
+        source.read(offset, [view])
+        runs = data_runs(view, _BLOCK)
+        if not runs and not blank:
+            target.write_zeros(offset, length)
+        elif not blank:
+            runs = [(0, length)]  # small holes in what is stored already are not worth their system calls
+        for start, end in runs:
+            target.write(offset + start, [view[start:end]])
 
     kinds = (DATA,) if blank else (DATA, ZERO)
     in_parallel((piece for extent in extents if extent.kind in kinds for piece in pieces(extent)), move, progress)
@@ -84,22 +80,6 @@ def pieces(extent: Extent) -> Iterator[Extent]:
         stop = min(end, offset - offset % CHUNK + CHUNK)
         yield type(extent)(offset, stop - offset, DATA)
         offset = stop
-
-
-class blaming:  # noqa: N801 - used like a function
-    """Have an OSError inside name the disk that it came from."""
-
-    __slots__ = ("_disk",)
-
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = self._disk.path
 
 
 def in_parallel(work: Iterator[Extent], do: Callable[[Extent, memoryview], None], progress: Progress) -> None:

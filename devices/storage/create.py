@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from devices.storage.backend import DiskError
 from devices.storage.file import HostFile
-from devices.storage.images import known
+from devices.storage.images import DIFFERENCING, format_of, known, open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from devices.storage.backend import Disk
 
@@ -117,26 +117,49 @@ def new_image(
     """
     form = known(path, format)
     kind = kind or ("differencing" if parent is not None else "dynamic")
-    if form in ("raw", "iso") and (block_size is not None or kind == "differencing"):
-        raise DiskError(f"{path}: a {form} image has neither blocks nor a parent; make a vhd or vhdx image")
     if (kind == "differencing") != (parent is not None):
         raise DiskError(f"{path}: a differencing image has a parent, others do not; give --parent or another kind")
-    if size is None:
+    if form not in DIFFERENCING and (block_size is not None or kind == "differencing"):
+        raise DiskError(f"{path}: a {form} image has neither blocks nor a parent; make a vhd or vhdx image")
+    if parent is not None and format_of(parent) not in ("raw", form):
+        raise DiskError(f"{path}: the parent of a {form} image is one too, and not {parent}; convert that first")
+    if parent is None and size is None:
         raise DiskError(f"{path}: no size; give one, such as 8G")
-    if not 0 < size < 1 << 63:
+    if size is not None and not 0 < size < 1 << 63:
         raise DiskError(f"{path}: {size} bytes is no size for a disk; give one such as 8G")
-    if form == "iso" and size % 2048:
+    if form == "iso" and size is not None and size % 2048:
         raise DiskError(f"{path}: {size} bytes is not a multiple of the 2048-byte sectors of a CD or DVD")
     with new_file(path, force) as file:
-        from devices.storage.raw import create
-
-        disk: Disk = create(file, size, sector_size, physical_sector_size)
+        base = open_image(parent, readonly=True, format=form) if parent is not None else None
+        if size is None:
+            assert base is not None
+            size = base.size
+        disk = _create(form)(
+            file,
+            size,
+            kind=kind,
+            block_size=block_size,
+            sector_size=sector_size,
+            physical_sector_size=physical_sector_size,
+            parent=base,
+        )
         try:
             if kind == "fixed":
                 file.allocate(file.size())
             yield disk
         finally:
             disk.close()
+
+
+def _create(form: str) -> Callable[..., Disk]:
+    """What gives an empty file a disk of that format. It takes over the file, and the parent of the disk."""
+    if form == "vhd":
+        from devices.storage.vhd.create import create as create_vhd
+
+        return create_vhd
+    from devices.storage.raw import create
+
+    return create
 
 
 def create_image(path: str, size: int | None, format: str | None = None, **options: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from devices.storage.backend import DATA, Extent
-from devices.storage.copy import CHUNK, blaming, ignore, in_parallel, pieces
+from devices.storage.copy import CHUNK, ignore, in_parallel, pieces
 from devices.storage.merge import extents_above, layers
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ class _Enough(Exception):
 
 
 def compare(first: Disk, second: Disk, progress: Progress = ignore, stop_at_first: bool = False) -> Difference:
-    """Compare in steps of the smaller sector; raises OSError that names the path of the disk that failed."""
+    """Compare in steps of the smaller sector; raises OSError."""
     ranges: list[tuple[int, int]] = []
     differing = 0
     lock = threading.Lock()
@@ -46,8 +46,7 @@ def compare(first: Disk, second: Disk, progress: Progress = ignore, stop_at_firs
     def read(disk: Disk, extent: Extent, buffer: memoryview) -> None:
         inside = max(0, min(extent.length, disk.size - extent.offset))
         if inside:
-            with blaming(disk):
-                disk.read(extent.offset, [buffer[:inside]])
+            disk.read(extent.offset, [buffer[:inside]])
         buffer[inside:] = _ZERO_CHUNK[: len(buffer) - inside]
 
     def look(extent: Extent, buffer: memoryview) -> None:

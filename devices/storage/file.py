@@ -16,7 +16,10 @@ from devices.storage.backend import DiskError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, TypeVar
+
+    _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 #: Buffers that one preadv or pwritev takes: IOV_MAX of Linux.
 _IOV_MAX = 1024
@@ -39,6 +42,19 @@ _CANNOT_TRIM = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 _CANNOT_CLONE = (*_CANNOT_TRIM, errno.EXDEV, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY)
 
 
+def _naming(call: _Call) -> _Call:
+    """Have an OSError tell the path of the file, for whoever works on several."""
+
+    def named(self: HostFile, *words: Any) -> Any:
+        try:
+            return call(self, *words)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
+    return named  # type: ignore[return-value]
+
+
 class InUse(DiskError):
     """Another process has the image, or this one has it twice."""
 
@@ -47,9 +63,9 @@ class HostFile:
     """A regular file or block device, opened and locked for as long as this object lives.
 
     The lock is an open-file-description lock on the whole file, exclusive for a writer and shared for
-    readers, so two VMs cannot write one image. Raises DiskError from its making; afterwards what goes wrong is an
-    OSError. Methods may be called from several threads at once. With `lock` false a reader looks at what others may be
-    writing.
+    readers, so two VMs cannot write one image. With `lock` false a reader looks at what others may be writing. Raises
+    DiskError from its making; afterwards what goes wrong is an OSError with the path as its file name. Methods may be
+    called from several threads at once.
     """
 
     def __init__(self, path: str, readonly: bool = False, lock: bool = True) -> None:
@@ -94,6 +110,7 @@ class HostFile:
         file.path = name or path
         return file
 
+    @_naming
     def allocate(self, length: int) -> None:
         """Give the first `length` bytes of a regular file their room now, so that writing them cannot lack any."""
         os.posix_fallocate(self.fd, 0, length)
@@ -128,6 +145,7 @@ class HostFile:
         """Bytes in the file or device now."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
+    @_naming
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         """Fill all of `views` from `offset` on; the end of the file inside them is an OSError (EIO)."""
         total = sum(map(len, views))
@@ -146,6 +164,7 @@ class HostFile:
             self.read(offset, [memoryview(data)])
         return bytes(data)
 
+    @_naming
     def write(self, offset: int, views: Sequence[memoryview]) -> None:
         """Write all of `views` from `offset` on."""
         total = sum(map(len, views))
@@ -162,10 +181,12 @@ class HostFile:
         if data:
             self.write(offset, [memoryview(data)])
 
+    @_naming
     def flush(self) -> None:
         """Return once everything written, and the file's size, is on stable storage."""
         os.fdatasync(self.fd)
 
+    @_naming
     def trim(self, offset: int, length: int) -> None:
         """Give storage back. The range of a regular file reads as zeros then; that of a device reads as anything."""
         try:
@@ -179,6 +200,7 @@ class HostFile:
             if not self.is_block:
                 self._fill(offset, length)
 
+    @_naming
     def write_zeros(self, offset: int, length: int) -> None:
         """Make the range read as zeros: as a hole, or as the device does it best; raises OSError."""
         try:
@@ -200,6 +222,7 @@ class HostFile:
             self.write(offset, [memoryview(_ZEROS)[:step]])
             offset, length = offset + step, length - step
 
+    @_naming
     def truncate(self, size: int) -> None:
         """Set the size of a regular file; what is added reads as zeros."""
         os.ftruncate(self.fd, size)

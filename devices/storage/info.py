@@ -39,6 +39,7 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:
             node["size_on_disk"] = _size_on_disk(layer.path)
             node["identity"] = layer.identity.hex()
             shape = layer.geometry
+            del node["readonly"]  # which tells of this look at it
             node["geometry"] = {"cylinders": shape.cylinders, "heads": shape.heads, "sectors": shape.sectors}
             node = node["parent"]
         return found

@@ -87,6 +87,9 @@ def merge(child: Disk, base: Disk, progress: Progress = ignore) -> None:
     All of it is on stable storage then, and `child` still reads as before, so its image may go. Ended at any
     instant, a merge can be done again: the child is only read. A base that is smaller grows, a larger one stays so.
     """
+    above = layers(child)[layers(child).index(base) - 1]
+    if isinstance(above, Layer):
+        above.before_merge()
     if base.size < child.size:
         base.resize(child.size)
     copy_extents(child, base, extents_above(child, base, 0, child.size), progress)

@@ -111,8 +111,13 @@ class IsoDisk(RawDisk):
         raise DiskError(f"{self.path}: an iso image cannot be resized")
 
 
-def create(file: HostFile, size: int, sector_size: int = 512, physical_sector_size: int = 4096) -> RawDisk:
-    """Give the empty `file` a disk of `size` bytes; raises DiskError, OSError if the medium fails."""
+def create(
+    file: HostFile, size: int, *, sector_size: int = 512, physical_sector_size: int = 4096, **_: object
+) -> RawDisk:
+    """Give the empty `file` a disk of `size` bytes; raises DiskError, OSError if the medium fails.
+
+    Whatever else other formats can be told, a raw image has no place for it.
+    """
     try:
         file.truncate(size)
     except BaseException:

@@ -6,17 +6,17 @@ import argparse
 import signal
 
 from pyvmm.cli import CliError
+from pyvmm.cli.parser import Parser
 from pyvmm.machine.config import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import FrameType
-
-    from pyvmm.cli.parser import Parser
 
 EXIT_IO = 4
 
-_FORMATS = ("raw", "iso")
+_FORMATS = ("raw", "vhd", "iso")
 _KINDS = ("dynamic", "fixed", "differencing")
 _EPILOG = (
     "exit status: 0 done, or nothing found wrong, or no difference; 1 check: errors remain, diff: there are "
@@ -31,10 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         "disk",
         help="make, check, convert, merge and compare disk images",
         description="Make, look at, check, convert, merge and compare disk images. A format goes by the suffix: "
-        ".img and .raw, .iso; others are raw.",
+        ".img and .raw, .vhd, .iso; others are raw.",
         epilog=_EPILOG,
     )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True, prog="pyvmm disk")
+    actions = parser.add_subparsers(
+        title="actions", metavar="ACTION", dest="action", required=True, prog="pyvmm disk", parser_class=_ActionParser
+    )
 
     def action(name: str, text: str) -> Parser:
         added = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG)
@@ -58,7 +60,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     resize.add_argument("path", metavar="PATH")
     resize.add_argument("size", metavar="SIZE|+SIZE|-SIZE", type=_size_change, help="such as 16G or +512M")
     resize.add_argument("--shrink", action="store_true", help="allow a smaller size: what lies beyond it is lost")
-    resize._negative_number_matcher = _Sizes()  # type: ignore[assignment]
 
     convert = action("convert", "copy a disk into a new image of any format, its parents' data included")
     convert.add_argument("path", metavar="PATH", help="the image to read")
@@ -94,8 +95,28 @@ def _add_shape(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file, once the new one is complete")
 
 
+class _ActionParser(Parser):
+    """Takes paths and sizes before, between and after options, and a word such as -1G for a size."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = _Sizes()  # type: ignore[assignment]
+        self._mixing = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self._mixing:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
+
+
 class _Sizes:
-    """What a word that starts with a dash is taken for by argparse: a value if it is a size."""
+    """What tells argparse which words with a dash are values."""
 
     def match(self, word: str) -> bool:
         return word[:1] == "-" and word[1:2].isdigit()

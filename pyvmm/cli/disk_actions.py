@@ -194,7 +194,7 @@ def _copy_to_device(args: argparse.Namespace, source: Disk, path: str) -> None:
 def _shape(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `new_image` that were given."""
     names = ("force", "kind", "block_size", "sector_size", "physical_sector_size")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _report(args: argparse.Namespace, tree: dict[str, Any], text: str) -> None:
@@ -222,7 +222,7 @@ def _layer_lines(layer: dict[str, Any]) -> Iterator[str]:
 
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{_shown(name, item)} {name.replace('_', ' ')}" for name, item in value.items())
+        return ", ".join(f"{name} {_shown(name, item)}" for name, item in value.items())
     if value is True:
         return "yes"
     if isinstance(value, int) and "size" in key:

@@ -55,11 +55,11 @@ def test_a_raw_image_is_made_sparse_and_shown(capsys: pytest.CaptureFixture[str]
     assert found["geometry"] == {"cylinders": 32896, "heads": 16, "sectors": 255}
     assert disk("info", "a.img") == 0
     shown = capsys.readouterr().out
-    assert "68719476736 (64GiB)" in shown and "16 heads" in shown
+    assert "68719476736 (64GiB)" in shown and "heads 16" in shown
 
 
 def test_a_fixed_raw_image_takes_its_room_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert disk("create", "a.img", "4M", "--kind", "fixed") == 0
+    assert disk("create", "a.img", "--kind", "fixed", "4M") == 0
     assert tree(capsys, "info", "a.img")["size_on_disk"] >= 4 << 20
 
 
@@ -149,7 +149,7 @@ def test_a_converted_disk_reads_the_same(capsys: pytest.CaptureFixture[str]) -> 
     made = tree(capsys, "convert", "a.img", "b.raw")
     assert (made["path"], made["format"], made["size"]) == ("b.raw", "raw", 4 << 20)
     assert Path("b.raw").read_bytes() == data and os.stat("b.raw").st_blocks * 512 < 2 << 20
-    assert disk("convert", "a.img", "fixed.img", "--kind", "fixed") == 0
+    assert disk("convert", "a.img", "--kind", "fixed", "fixed.img") == 0
     assert os.stat("fixed.img").st_blocks * 512 >= 4 << 20
     assert disk("convert", "a.img", "disc.iso") == 0
     assert disk("convert", "disc.iso", "c.img") == 0
@@ -175,7 +175,7 @@ def test_differences_are_listed_and_make_the_status(capsys: pytest.CaptureFixtur
         "sizes differ: 8192 and 8704; only zeros are alike beyond the smaller",
         "a.img and b.img differ in 512 bytes",
     ]
-    assert disk("diff", "-q", "a.img", "b.img") == 1 and disk("diff", "-q", "a.img", "a.img") == 0
+    assert disk("diff", "a.img", "-q", "b.img") == 1 and disk("diff", "-q", "a.img", "a.img") == 0
     assert capsys.readouterr().out == ""
 
 

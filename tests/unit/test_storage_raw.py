@@ -105,7 +105,7 @@ def test_image_truncated_while_in_use_is_an_io_error_on_reading(tmp_path: Path) 
     for offset in (0, 8192):
         with pytest.raises(OSError) as caught:
             disk.read(offset, [memoryview(bytearray(8192))])
-        assert caught.value.errno == errno.EIO
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, path)
 
 
 def test_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None:
