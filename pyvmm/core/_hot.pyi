@@ -60,6 +60,9 @@ class Ring:
     def inspect(self) -> dict[str, int]:
         """Indices, mask, pending send size, size and free bytes as they are now."""
 
+def crc32c(data: bytes | bytearray | memoryview, before: int = 0, portable: bool = False, /) -> int:
+    """CRC-32C (Castagnoli) of `data`, going on from that of what comes `before`; `portable` is for tests."""
+
 class BlockTable:
     """The block allocation table of a VHDX image: its 64-bit entries as they are in the file. MS-VHDX 2.5.
 

@@ -77,6 +77,8 @@ extern PyObject *RingError;
 
 extern PyTypeObject BlockTable_Type;
 
+PyObject *hot_crc32c(PyObject *module, PyObject *args);
+
 // Hypercall statuses of the TLFS that C code returns ------------------------------------------------
 
 enum {

@@ -4,6 +4,7 @@ PyObject *RingError;
 
 static PyMethodDef hot_methods[] = {
 	{"data_runs", hot_data_runs, METH_VARARGS, NULL},
+	{"crc32c", hot_crc32c, METH_VARARGS, NULL},
 	{0},
 };
 
