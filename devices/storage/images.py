@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from devices.storage.backend import Disk, Finding
 
 #: By suffix of the file's name. Content is never asked: a guest can write any header into a raw image.
-SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso", ".vhd": "vhd"}
-FORMATS = ("raw", "iso", "vhd")
+SUFFIXES = {".img": "raw", ".raw": "raw", ".iso": "iso", ".vhd": "vhd", ".vhdx": "vhdx"}
+FORMATS = ("raw", "iso", "vhd", "vhdx")
 #: Formats with differencing disks.
 DIFFERENCING = ("vhd", "vhdx")
 
@@ -50,6 +50,10 @@ def open_layer(file: HostFile, kind: str) -> Disk:
         from devices.storage.vhd.disk import open_vhd
 
         return open_vhd(file)
+    if kind == "vhdx":
+        from devices.storage.vhdx.image import VhdxDisk
+
+        return VhdxDisk(file)
     from devices.storage.raw import IsoDisk, RawDisk
 
     return IsoDisk(file) if kind == "iso" else RawDisk(file)
@@ -68,6 +72,10 @@ def check_image(path: str, format: str | None = None, repair: bool = False) -> l
             from devices.storage.vhd.check import check as check_vhd
 
             return check_vhd(file, repair)
+        if kind == "vhdx":
+            from devices.storage.vhdx.check import check as check_vhdx
+
+            return check_vhdx(file, repair)
         from devices.storage.raw import check
 
         return check(file, repair, 2048 if kind == "iso" else 512)
