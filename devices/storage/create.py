@@ -12,6 +12,7 @@ from devices.storage.images import DIFFERENCING, format_of, known, open_image
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
 
     from devices.storage.backend import Disk
 
@@ -162,7 +163,7 @@ def _create(form: str) -> Callable[..., Disk]:
     return create
 
 
-def create_image(path: str, size: int | None, format: str | None = None, **options: object) -> None:
+def create_image(path: str, size: int | None, format: str | None = None, **options: Any) -> None:
     """Make an image as `new_image` does, and leave it at zeros."""
-    with new_image(path, size, format, **options):  # type: ignore[arg-type]
+    with new_image(path, size, format, **options):
         pass

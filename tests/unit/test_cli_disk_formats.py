@@ -8,11 +8,15 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from devices.storage.create import create_image
 from devices.storage.file import HostFile
 from devices.storage.images import open_image
 from pyvmm.cli import main
@@ -239,6 +243,47 @@ def test_differences_from_the_parent_are_those_that_the_child_holds(
         covered[item["offset"] : item["offset"] + item["length"]] = b"x" * item["length"]
     for at in range(0, SIZE, 512):
         assert (below[at : at + 512] != above[at : at + 512]) == bool(covered[at])
+
+
+@differencing
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_random_chains_are_copied_compared_and_merged(form: str, data: st.DataObject) -> None:
+    """Held against bytearrays, at sector granularity and with sizes that end inside a block."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        names: list[str] = []
+        models: list[bytearray] = []
+        for level in range(3):
+            name = f"{folder}/{level}.{form}"
+            sectors = data.draw(st.integers(1, 6000))
+            parent = names[0] if names else None
+            block_size = data.draw(st.sampled_from([1 << 20, 2 << 20]))
+            create_image(name, sectors * 512, parent=parent, block_size=block_size)
+            model = bytearray(models[0][: sectors * 512] if models else b"").ljust(sectors * 512, b"\0")
+            image = open_image(name)
+            for _ in range(data.draw(st.integers(0, 5))):
+                start = data.draw(st.integers(0, sectors - 1))
+                length = data.draw(st.integers(1, min(sectors - start, 3000)))
+                fill = bytes([data.draw(st.integers(0, 3))]) * (length * 512)
+                if data.draw(st.booleans()):
+                    image.write(start * 512, [memoryview(fill)])
+                else:
+                    image.write_zeros(start * 512, len(fill))
+                    fill = bytes(len(fill))
+                model[start * 512 : start * 512 + len(fill)] = fill
+            image.close()
+            names.insert(0, name)
+            models.insert(0, model)
+        assert disk("convert", names[0], f"{folder}/copy.img") == 0
+        assert Path(f"{folder}/copy.img").read_bytes() == models[0]
+        assert disk("diff", names[0], f"{folder}/copy.img") == 0
+        longest = max(len(model) for model in models[:2])
+        alike = models[0].ljust(longest, b"\0") == models[1].ljust(longest, b"\0")
+        assert disk("diff", "-q", names[0]) == (0 if alike else 1)
+        base = data.draw(st.sampled_from(names[1:]))
+        assert disk("merge", names[0], "--into", base) == 0
+        assert content(base)[: len(models[0])] == models[0]
+        assert disk("check", base) == 0
 
 
 @differencing
