@@ -118,6 +118,87 @@ def data_runs(data: bytes | bytearray | memoryview | mmap, block: int, /) -> lis
     Other Python threads run meanwhile.
     """
 
+class FastDisk:
+    """What C code needs to reach a disk's data without Python: a file, and where in it each block is.
+
+    Without a `table` the disk's bytes are the file's. With one, blocks that are fully present are read and written in
+    place; blocks in states 0 to 3 are read as zeros if `zero_when_absent` says so (a disk without a parent); the
+    rest is for Python. Durable writes and flushes of a disk with a table are for Python too. Sizes are in bytes.
+    """
+
+    size: int
+    """Capacity; may change while the disk is in use."""
+    writable: bool
+    """Whether C may write. Python gets all writes while this is False."""
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        sector_size: int,
+        writable: bool,
+        *,
+        table: BlockTable | None = None,
+        block_size: int = 0,
+        chunk_ratio: int = 0,
+        zero_when_absent: bool = False,
+    ) -> None: ...
+    def close(self) -> None:
+        """Leave everything to Python from now on; return once C no longer uses the file, which may be closed then."""
+
+#: Requests, bytes, and how many took less than 2**n us but not less than half of that, by n.
+StorageCounters = tuple[int, int, list[int]]
+
+class StorageQueue:
+    """A storage channel's requests, carried out without Python as long as nothing is out of the ordinary.
+
+    Reads, writes and flushes to the disks given with `set_disk` go between the rings, the file and guest memory; what
+    the host has to wait for goes through io_uring, which also writes to the eventfd `doorbell`. Everything else is left
+    to Python: packets unlike these stay in the ring, and requests that fail come back from `serve`.
+    """
+
+    io_uring: bool
+    """Whether the host has io_uring for us; without it, `serve` waits for each read and write itself."""
+
+    def __init__(
+        self, memory: Memory, incoming: Ring, outgoing: Ring, doorbell: int, *, io_uring: bool = True
+    ) -> None: ...
+    def serve(self) -> tuple[bool, int, list[Packet], list[Packet], bool]:
+        """Carry out what is in the incoming ring; one thread at a time.
+
+        Returns
+
+        - whether there is nothing more to do until the doorbell rings;
+        - how many packets at the head of the incoming ring are for Python to read now;
+        - requests that were taken, but that Python must carry out;
+        - completions for which the outgoing ring has no room;
+        - whether the guest must be signalled (never, once it has a target).
+        """
+
+    def quiesce(self) -> tuple[list[Packet], list[Packet]]:
+        """Return once nothing is under way; any thread.
+
+        Returns requests that Python must carry out, and completions that were not sent.
+        """
+
+    def drain(self) -> None:
+        """Return once nothing is under way; any thread. What is to be told of it waits for `serve`."""
+
+    def set_disk(self, lun: int, disk: FastDisk | None, /) -> None:
+        """Serve the disk of a LUN (0 to 63) from now on, or leave it to Python; any thread.
+
+        Returns once nothing is under way, so the disk before is no longer used.
+        """
+
+    def set_target(self, synic: SynIC | None, sint: int, flag: int, /) -> None:
+        """Signal the guest by this event flag from now on, without Python; any thread."""
+
+    def take_counters(self, lun: int, /) -> tuple[StorageCounters, StorageCounters, StorageCounters]:
+        """Reads, writes and flushes of a LUN that needed no Python, since the last call; any thread."""
+
+    def inspect(self) -> dict[str, int]:
+        """``packets_in``, ``packets_out`` and ``signals``."""
+
 class ReferenceTime:
     """Reference time of a partition: 100 ns units on the guest's TSC. TLFS chapter 12.4.
 

@@ -76,6 +76,8 @@ extern PyObject *RingError;
 // Disks -------------------------------------------------------------------------------------------
 
 extern PyTypeObject BlockTable_Type;
+extern PyTypeObject FastDisk_Type;
+extern PyTypeObject StorageQueue_Type;
 
 PyObject *hot_crc32c(PyObject *module, PyObject *args);
 
@@ -116,6 +118,9 @@ uint64_t hot_synic_scan(SynICObject *synic, uint64_t now);
 void hot_synic_set_direct_fd(SynICObject *synic, int fd);
 void hot_synic_expire_direct(SynICObject *synic, uint64_t now);
 bool hot_synic_has_direct(SynICObject *synic);
+// Sets an event flag and interrupts on 0 to 1; any thread. False if the SynIC, its event page or the SINT is off.
+bool hot_synic_has_event(unsigned sint, unsigned flag);
+bool hot_synic_signal_event(SynICObject *synic, unsigned sint, unsigned flag);
 // Interrupts the VP past all SINTs.
 void hot_synic_interrupt(SynICObject *synic, uint8_t vector);
 // The highest vector of an auto-EOI SINT that waits for its VP, or -1; and that it has been taken.

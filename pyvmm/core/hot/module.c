@@ -24,7 +24,7 @@ PyMODINIT_FUNC PyInit__hot(void)
 		return NULL;
 	PyTypeObject *types[] = {
 		&Memory_Type, &ReferenceTime_Type, &Doorbells_Type,  &Ring_Type,
-		&SynIC_Type,  &Vp_Type,            &BlockTable_Type,
+		&SynIC_Type,  &Vp_Type,            &BlockTable_Type, &FastDisk_Type, &StorageQueue_Type,
 	};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)

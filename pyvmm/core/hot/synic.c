@@ -305,6 +305,19 @@ bool synic_set_event_flag(SynICObject *self, unsigned sint, unsigned flag)
 	return true;
 }
 
+bool hot_synic_has_event(unsigned sint, unsigned flag)
+{
+	return sint < SINT_COUNT && flag < EVENT_FLAGS;
+}
+
+bool hot_synic_signal_event(SynICObject *self, unsigned sint, unsigned flag)
+{
+	pthread_mutex_lock(&self->lock);
+	bool open = synic_set_event_flag(self, sint, flag);
+	pthread_mutex_unlock(&self->lock);
+	return open;
+}
+
 bool synic_raise_sint(SynICObject *self, unsigned sint)
 {
 	if (!sint_open(self, sint))

@@ -105,10 +105,7 @@ static PyObject *synic_signal_event(SynICObject *self, PyObject *args)
 		PyErr_Format(PyExc_ValueError, "there is no event flag %u", flag);
 		return NULL;
 	}
-	pthread_mutex_lock(&self->lock);
-	bool open = synic_set_event_flag(self, sint, flag);
-	pthread_mutex_unlock(&self->lock);
-	return PyBool_FromLong(open);
+	return PyBool_FromLong(hot_synic_signal_event(self, sint, flag));
 }
 
 static PyObject *synic_raise_sint_method(SynICObject *self, PyObject *args)

@@ -2,7 +2,7 @@
 //
 // Facts: MS-VHDX 2.5 (BAT), 2.5.1 (entries), 2.5.1.1 (payload blocks), 2.5.1.2 (sector bitmap blocks).
 
-#include "table.h"
+#include "storage.h"
 
 #include <stdlib.h>
 
@@ -290,7 +290,10 @@ static PyObject *table_check(BlockTableObject *self, PyObject *args, PyObject *k
 
 static PyObject *table_drain(BlockTableObject *Py_UNUSED(self), PyObject *Py_UNUSED(ignored))
 {
-	Py_RETURN_NONE; // nothing in C does I/O by a table yet
+	Py_BEGIN_ALLOW_THREADS
+	hot_storage_drain();
+	Py_END_ALLOW_THREADS
+	Py_RETURN_NONE;
 }
 
 static PyMethodDef table_methods[] = {
