@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from enlightenments.hypercalls import Answer, StartVp
     from enlightenments.ports import MessageHandler
     from enlightenments.selection import Selection
+    from pyvmm.core._hot import SynIC
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import Tracer
 
@@ -435,6 +436,10 @@ class Partition(Ports):
         if self._tracer.synic:
             self._tracer.line("synic", f"vp{vp} sint{sint} event flag {flag}")
         self.synics[vp].signal_event(sint, flag)
+
+    def synic(self, vp: int) -> SynIC | None:
+        """See `Ports`. While events are traced all of them have to pass here."""
+        return None if self._tracer.synic else self.synics[vp]
 
     def raise_sint(self, vp: int, sint: int) -> None:
         """See `Ports`."""

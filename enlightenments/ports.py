@@ -10,6 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.core._hot import SynIC
+
     #: Takes (message type, payload); returns False when it cannot take the message now.
     MessageHandler = Callable[[int, bytes], bool]
 
@@ -64,6 +66,10 @@ class Ports:
         Dropped silently when the guest has not enabled that SINT, as on Hyper-V.
         """
         raise NotImplementedError
+
+    def synic(self, vp: int) -> SynIC | None:
+        """What C code signals events at instead of `signal_event`; None where it must not."""
+        return None
 
     def raise_sint(self, vp: int, sint: int) -> None:
         """Interrupt a VP as a message or an event at that SINT would, without either; any thread.

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from pyvmm.core._hot import FastDisk
+
 #: Kinds of `Extent`: stored bytes, bytes that read as zeros and take no room, and bytes that the parent has.
 DATA, ZERO, PARENT = "data", "zero", "parent"
 
@@ -93,6 +95,8 @@ class Disk:
     trim_zeroes: bool
     #: Whether this is a CD or DVD rather than a hard disk.
     optical: bool = False
+    #: What C code reads and writes the data with, past the methods here; None where it cannot.
+    fast: FastDisk | None = None
     #: What a differencing disk differs from; this disk opened it and closes it.
     parent: Disk | None = None
 

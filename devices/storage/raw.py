@@ -6,6 +6,7 @@ import os
 
 from devices.storage.backend import DATA, ZERO, Disk, DiskError, Extent, Finding
 from devices.storage.file import HostFile
+from pyvmm.core._hot import FastDisk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class RawDisk(Disk):
                 sizes = f"{sector_size}/{physical_sector_size}"
                 raise DiskError(f"{self.path}: sector sizes {sizes} do not fit; use 512/512, 512/4096 or 4096/4096")
             self.size = self._measure()
+            if file.fd >= 0:
+                self.fast = FastDisk(file.fd, self.size, sector_size, not self.readonly)
         except BaseException:
             self.close()
             raise
@@ -78,12 +81,16 @@ class RawDisk(Disk):
             raise DiskError(f"{self.path}: a block device; resize it with the host's tools")
         self._file.truncate(size)
         self.size = size
+        if self.fast is not None:
+            self.fast.size = size
 
     def clone(self, source: RawDisk) -> bool:
         """Share all data of `source`, a disk of this size, where the file system can; False where it cannot."""
         return self._file.clone(source._file)
 
     def close(self) -> None:
+        if self.fast is not None:
+            self.fast.close()
         try:
             if self._file.fd >= 0 and not self.readonly:
                 self._file.flush()
@@ -99,6 +106,7 @@ class IsoDisk(RawDisk):
 
     def __init__(self, file: HostFile) -> None:
         super().__init__(file)
+        self.fast = None
         self.sector_size = self.physical_sector_size = 2048
         # The last sector of an image may be cut short; the whole sectors are what a drive reads.
         self.size -= self.size % 2048

@@ -68,14 +68,24 @@ class Reservations:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attend: dict[bytes, Callable[[Sense], None]] = {}
+        self._on_change: dict[bytes, Callable[[], None]] = {}
         self._generation = 0
         self._keys: dict[bytes, int] = {}
         self._holder: bytes | None = None
         self._type = 0
 
-    def join(self, nexus: bytes, attend: Callable[[Sense], None]) -> None:
-        """`nexus` can reach the unit; `attend` is how it hears, as a unit attention, of what others do."""
+    def join(self, nexus: bytes, attend: Callable[[Sense], None], on_change: Callable[[], None]) -> None:
+        """`nexus` can reach the unit; `attend` is how it hears, as a unit attention, of what others do.
+
+        `on_change` is called when `held` may have changed.
+        """
         self._attend[nexus] = attend
+        self._on_change[nexus] = on_change
+
+    @property
+    def held(self) -> bool:
+        """Whether anybody holds a reservation."""
+        return self._holder is not None
 
     def conflict(self, nexus: bytes, cdb: bytes) -> bool:
         """Whether a reservation keeps `nexus` from a command."""
@@ -144,6 +154,15 @@ class Reservations:
         return Parameters(size, lambda data: self._out(nexus, action, kind, data))
 
     def _out(self, nexus: bytes, action: int, kind: int, data: bytes) -> Plan:
+        plan = self._change(nexus, action, kind, data)
+        self._changed()
+        return plan
+
+    def _changed(self) -> None:
+        for on_change in list(self._on_change.values()):
+            on_change()
+
+    def _change(self, nexus: bytes, action: int, kind: int, data: bytes) -> Plan:
         key, new_key, flags = struct.unpack_from(">QQ4xB", data)
         if flags & (_SPEC_I_PT | _ALL_TG_PT | _APTPL):
             return Fail(INVALID_FIELD_IN_PARAMETERS)
@@ -271,6 +290,7 @@ class Reservations:
         with self._lock:
             self._generation, self._keys = generation, keys
             self._holder, self._type = holder, kind
+        self._changed()
 
     def inspect(self) -> dict[str, Any]:
         """Return registrations and reservation, as plain JSON data."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from devices.vmbus.gpadl import Gpadl
     from devices.vmbus.vsp import Vsp
     from enlightenments.ports import Ports
+    from pyvmm.core._hot import StorageQueue
 
     T = TypeVar("T")
 
@@ -267,6 +268,7 @@ class VmBus(Device, Actions):
             rings,
             vsp.worker_for(offer.subchannel_index),
             self._signal,
+            self._aim,
             broken,
             self.clock,
             connection.version < messages.WIN8,
@@ -296,7 +298,7 @@ class VmBus(Device, Actions):
 
     def retarget_channel(self, offer: Offer, vp: int) -> None:
         """Interrupt another VP from now on."""
-        self._channels[offer.channel_id].target_vp = vp
+        self._channels[offer.channel_id].retarget(vp)
 
     def gpadl_released(self, offer: Offer, gpadl_id: int) -> None:
         """Tell the device, unless it has gone."""
@@ -332,6 +334,11 @@ class VmBus(Device, Actions):
             # The guest clears bits meanwhile; to set one of them again costs it a look at an empty ring.
             page[channel.id // 8] |= 1 << channel.id % 8
         self.ports.signal_event(0, SINT, 0)
+
+    def _aim(self, channel: Channel, engine: StorageQueue) -> None:
+        """Have the engine signal the guest itself where that is one event flag."""
+        direct = self._interrupt_page is None and channel.target_vp != NO_INTERRUPTS
+        engine.set_target(self.ports.synic(channel.target_vp) if direct else None, SINT, channel.id)
 
     def _shared_event(self) -> None:
         page = self._interrupt_page

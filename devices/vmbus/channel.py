@@ -11,7 +11,7 @@ from collections import deque
 from itertools import islice
 
 from devices.vmbus.packets import ChannelViolation, completion, packet_size
-from pyvmm.core._hot import RingError
+from pyvmm.core._hot import RingError, StorageQueue
 from pyvmm.core.memory import GuestMemoryError
 
 TYPE_CHECKING = False
@@ -50,6 +50,7 @@ class Channel:
         rings: tuple[Ring, Ring],
         worker: Worker,
         signal: Callable[[Channel], None],
+        aim: Callable[[Channel, StorageQueue], None],
         on_broken: Callable[[Channel, str], None],
         clock: Clock,
         poll_for_space: bool = False,
@@ -65,11 +66,14 @@ class Channel:
         self.user_data = user_data
         self.incoming, self.outgoing = rings
         self.worker = worker
+        #: Serves the rings before Python does, once `use_engine` has set it.
+        self.engine: StorageQueue | None = None
         #: Why the channel was given up; None while all is well.
         self.broken: str | None = None
         #: The eventfd behind the channel's event port.
         self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signal_guest = signal
+        self._aim = aim
         self._on_broken = on_broken
         self._clock = clock
         self._poll_for_space = poll_for_space
@@ -118,6 +122,16 @@ class Channel:
             self._signal()
         return packets
 
+    def make_engine(self) -> StorageQueue:
+        """Return C code for these rings, which `use_engine` sets to work."""
+        return StorageQueue(self.vsp.bus.memory.hot, self.incoming, self.outgoing, self.doorbell)
+
+    def use_engine(self, engine: StorageQueue) -> None:
+        """Have C code take from the rings what it knows, from now on; `Vsp.packets` gets the rest."""
+        self._aim(self, engine)
+        self.engine = engine
+        self.kick()
+
     def stop_receiving(self) -> None:
         """Leave further packets in the ring, which holds the guest back; at most `BATCH` may still be on their way."""
         self._held = True
@@ -145,8 +159,12 @@ class Channel:
             "pending": len(self._pending),
             "held": self._held,
             "broken": self.broken,
-            **self._counts,
+            **self._count(),
         }
+
+    def _count(self) -> dict[str, int]:
+        by_engine = self.engine.inspect() if self.engine is not None else {}
+        return {name: count + by_engine.get(name, 0) for name, count in self._counts.items()}
 
     # What the bus uses -----------------------------------------------------------------------------
 
@@ -161,6 +179,8 @@ class Channel:
         with self._lock:
             self._open = False
             self._pending.clear()
+        if self.engine is not None:
+            self.engine.quiesce()
 
     def dispose(self) -> None:
         """Close the doorbell, once no event port leads to it."""
@@ -170,7 +190,7 @@ class Channel:
         """Take nothing more off the ring until `resume`; return once the device has what was taken."""
         self._suspended = True
         with self._serving:
-            pass
+            self._try(self._settle)
 
     def resume(self) -> None:
         """Go on after `suspend`."""
@@ -182,6 +202,12 @@ class Channel:
         with self._lock:
             if self._open:
                 os.eventfd_write(self.doorbell, 1)
+
+    def retarget(self, vp: int) -> None:
+        """Interrupt another VP from now on."""
+        self.target_vp = vp
+        if self.engine is not None:
+            self._aim(self, self.engine)
 
     def unstick(self) -> None:
         """Signal the guest whether or not it needs it, and look at the rings."""
@@ -245,25 +271,53 @@ class Channel:
 
     def _service(self) -> None:
         with self._serving:
-            self._move_packets()
+            self._try(self._move_packets)
 
-    def _move_packets(self) -> None:
-        """Move packets until there are none, or there is no room, or others want their turn."""
+    def _try(self, action: Callable[[], None]) -> None:
         try:
-            for _ in range(BATCHES):
-                with self._lock:
-                    if not self._open or not self._flush() or self._pending or self._held or self._suspended:
-                        return
-                packets = self.receive()
-                if packets:
-                    self.vsp.packets(self, packets)
-                elif not self.incoming.mask(False):
-                    return
-                else:
-                    self.incoming.mask(True)
+            action()
         except RingError as error:
             self.fail(f"incoming ring: {error}")
         except (ChannelViolation, GuestMemoryError) as error:
             self.fail(str(error))
-        else:
-            self.kick()
+
+    def _move_packets(self) -> None:
+        """Move packets until there are none, or there is no room, or others want their turn."""
+        for _ in range(BATCHES):
+            with self._lock:
+                if not self._open or not self._flush() or self._pending or self._held or self._suspended:
+                    return
+            packets, idle = self._take() if self.engine is None else self._run(self.engine)
+            if packets:
+                self.vsp.packets(self, packets)
+            elif idle:
+                return
+        self.kick()
+
+    def _take(self) -> tuple[list[Packet], bool]:
+        """Packets off the ring, and whether the ring's doorbell tells of the next one."""
+        packets = self.receive()
+        if packets or not self.incoming.mask(False):
+            return packets, not packets
+        self.incoming.mask(True)
+        return [], False
+
+    def _run(self, engine: StorageQueue) -> tuple[list[Packet], bool]:
+        """Let the engine work; what `_take` returns, without what it dealt with."""
+        idle, left, packets, unsent, signal = engine.serve()
+        if signal:
+            self._signal()
+        with self._lock:
+            self._pending.extend(unsent)
+        if left:
+            packets += self.receive(left)
+        return packets, idle
+
+    def _settle(self) -> None:
+        """Return once the engine has nothing under way."""
+        if self.engine is not None:
+            packets, unsent = self.engine.quiesce()
+            with self._lock:
+                self._pending.extend(unsent)
+            if packets:
+                self.vsp.packets(self, packets)

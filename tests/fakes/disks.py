@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from devices.storage.backend import DATA, PARENT, ZERO, Disk, Extent
+from pyvmm.core._hot import FastDisk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+
+class Gate(threading.Event):
+    """An event that is set, and calls `on_clear` before it is cleared."""
+
+    def __init__(self, on_clear: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_clear = on_clear
+        self.set()
+
+    def clear(self) -> None:
+        self._on_clear()
+        super().clear()
 
 
 class MemoryDisk(Disk):
     """A disk in a bytearray.
 
     `fail` is raised by the next operations as long as it is set. `gate`, once cleared, holds those operations that
-    `gated` names until it is set again, and `reached` tells that one got there.
+    `gated` names until it is set again, and `reached` tells that one got there. With `by_c` set, C code may reach the
+    data, until one of those or `slow_down` stops it.
     """
 
     format = "memory"
+    #: Whether disks made from now on can be reached by C code.
+    by_c = False
 
     def __init__(self, size: int, readonly: bool = False, name: str = "memory") -> None:
         self.path = name
@@ -32,9 +52,14 @@ class MemoryDisk(Disk):
         self.readonly = readonly
         self.trim_zeroes = True
         self.data = bytearray(size)
-        self.fail: OSError | None = None
-        self.gate = threading.Event()
-        self.gate.set()
+        if self.by_c:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            weakref.finalize(self, os.close, fd)
+            os.ftruncate(fd, size)
+            self.data = cast("bytearray", memoryview(mmap.mmap(fd, size)))  # as far as tests use it
+            self.fast = FastDisk(fd, size, self.sector_size, not readonly)
+        self._fail: OSError | None = None
+        self.gate = Gate(self.slow_down)
         self.gated = {"read", "write", "flush", "trim"}
         self.reached = threading.Event()
         self.flushes = 0
@@ -43,6 +68,20 @@ class MemoryDisk(Disk):
     @property
     def identity(self) -> bytes:
         return self.path.encode().ljust(16, b".")[:16]
+
+    def slow_down(self) -> None:
+        """Have C leave everything to the methods here."""
+        if self.fast is not None:
+            self.fast.close()
+
+    @property
+    def fail(self) -> OSError | None:
+        return self._fail
+
+    @fail.setter
+    def fail(self, error: OSError | None) -> None:
+        self.slow_down()
+        self._fail = error
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self._enter("read")
@@ -76,7 +115,8 @@ class MemoryDisk(Disk):
             offset = until
 
     def resize(self, size: int) -> None:
-        self.data.extend(bytes(size - self.size))
+        self.slow_down()
+        self.data = bytearray(self.data) + bytes(size - self.size)
         self.size = size
 
     def close(self) -> None:

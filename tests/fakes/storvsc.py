@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import weakref
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from devices.synthetic.storvsp.lane import Lane
@@ -13,12 +15,14 @@ from devices.vmbus.packets import (
     PACKET_INBAND,
     ChannelViolation,
 )
+from pyvmm.core._hot import Ring, RingError, StorageQueue
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory, GuestMemoryError
 from pyvmm.core.trace import Tracer
 from tests.fakes.board import ManualClock
+from tests.fakes.ring import GuestRing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from devices.synthetic.storvsp.vsp import StorVsp
     from devices.vmbus.channel import Channel
@@ -29,6 +33,8 @@ _REQUEST = struct.Struct("<HBBBBBBBBBBI20s")
 _HEADER = struct.Struct("<III")
 FULL_BODY = 0x34
 OLD_BODY = 0x24
+
+RING_PAGES = 9
 
 WRITE_TYPE, READ_TYPE, UNKNOWN_TYPE = 0, 1, 2
 
@@ -136,16 +142,12 @@ class StorVsc:
         offset: int = 0,
     ) -> int:
         """Send a SCSI request whose buffer begins `offset` bytes into the driver's pages; return its id."""
-        port, sense_length = 7, 20
-        request = _REQUEST.pack(
-            self.body, 0, 0, port, path, target, lun, len(cdb), sense_length, direction, 0, size, cdb
-        )
-        payload = _HEADER.pack(3, 1, 0) + request.ljust(self.body, b"\0")
-        if not size:
-            return self.submit(PACKET_INBAND, b"", payload)
         count = (offset + size + PAGE_SIZE - 1) // PAGE_SIZE
         assert count <= len(self.pages)
-        return self.submit(PACKET_GPA_DIRECT, gpa_range(size, offset, self.pages[:count]), payload)
+        kind, _, _, header, payload = scsi_packet(
+            0, cdb, size, direction, self.pages[:count], offset, lun, target, path, self.body
+        )
+        return self.submit(kind, header, payload)
 
     def finish(self, transaction_id: int, size: int = 0, offset: int = 0) -> Result:
         """Wait for a SCSI request and return how it ended, with the `size` bytes of its buffer."""
@@ -187,18 +189,45 @@ class StorVsc:
             at += length
 
 
+def scsi_packet(
+    transaction_id: int,
+    cdb: bytes,
+    size: int,
+    direction: int,
+    pages: Sequence[int],
+    offset: int = 0,
+    lun: int = 0,
+    target: int = 0,
+    path: int = 0,
+    body: int = FULL_BODY,
+    cdb_length: int | None = None,
+) -> Packet:
+    """A SCSI request; with a buffer of `size` bytes, if any, that begins `offset` bytes into `pages`."""
+    port, sense_length = 7, 20
+    length = len(cdb) if cdb_length is None else cdb_length
+    request = _REQUEST.pack(body, 0, 0, port, path, target, lun, length, sense_length, direction, 0, size, cdb)
+    payload = _HEADER.pack(3, 1, 0) + request[:body].ljust(body, b"\0")
+    if not size:
+        return PACKET_INBAND, COMPLETION_REQUESTED, transaction_id, b"", payload
+    return PACKET_GPA_DIRECT, COMPLETION_REQUESTED, transaction_id, gpa_range(size, offset, pages), payload
+
+
 def gpa_range(size: int, offset: int, pages: Sequence[int], count: int = 1) -> bytes:
     """The extra header of a GPA-direct packet with one range, or one that claims `count` of them."""
     return struct.pack(f"<IIII{len(pages)}Q", 0, count, size, offset, *pages)
 
 
 class LoopbackChannel:
-    """Stands in for `devices.vmbus.channel.Channel` where no rings are wanted."""
+    """Stands in for `devices.vmbus.channel.Channel`; has rings, and a doorbell, once an engine wants them."""
 
-    def __init__(self, index: int) -> None:
+    make_queue: type[StorageQueue] = StorageQueue
+
+    def __init__(self, index: int, memory: GuestMemory) -> None:
         self.subchannel_index = index
+        self.memory = memory
         self.sent: list[Packet] = []
         self.held = False
+        self.engine: StorageQueue | None = None
 
     def send(self, packets: Sequence[Packet]) -> bool:
         self.sent.extend(packets)
@@ -210,6 +239,34 @@ class LoopbackChannel:
     def start_receiving(self) -> None:
         self.held = False
 
+    def make_engine(self) -> StorageQueue:
+        self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self.doorbell)
+        pages = GuestMemory(RING_PAGES * 2 * PAGE_SIZE)  # of their own, lest they cost the tests any of theirs
+        self.to_host = GuestRing(pages, range(RING_PAGES))
+        self.to_guest = GuestRing(pages, range(RING_PAGES, 2 * RING_PAGES))
+        for ring in (self.to_host, self.to_guest):
+            ring.init()
+        self.incoming, self.outgoing = (Ring(pages.hot, ring.numbers) for ring in (self.to_host, self.to_guest))
+        return self.make_queue(self.memory.hot, self.incoming, self.outgoing, self.doorbell)
+
+    def use_engine(self, engine: StorageQueue) -> None:
+        self.engine = engine
+
+    def run(self, engine: StorageQueue, packet: Packet) -> Iterator[list[Packet]]:
+        """Put a packet through the engine, and let the caller serve what it leaves to Python."""
+        assert self.to_host.write(packet)[0]
+        while True:
+            idle, left, packets, unsent, _ = engine.serve()
+            self.sent += unsent + self.to_guest.read()[0]
+            yield packets + (self.incoming.read(left)[0] if left else [])
+            if idle:
+                engine.drain()
+                try:
+                    os.eventfd_read(self.doorbell)
+                except BlockingIOError:
+                    return
+
 
 class Loopback:
     """The guest's end of a channel whose packets reach the VSP at once, on the caller's thread."""
@@ -219,7 +276,7 @@ class Loopback:
         self.memory = memory
         #: Why the channel was given up.
         self.broken: str | None = None
-        self.device = LoopbackChannel(index)
+        self.device = LoopbackChannel(index, memory)
         self._waiting: list[Packet] = []
         vsp.open(cast("Channel", self.device))
 
@@ -240,12 +297,15 @@ class Loopback:
         self.vsp.close(cast("Channel", self.device))
 
     def _serve(self) -> None:
-        if self.device.held or not self._waiting or self.broken:
-            return
-        packets, self._waiting = self._waiting, []
         try:
-            self.vsp.packets(cast("Channel", self.device), packets)
-        except (ChannelViolation, GuestMemoryError) as error:
+            while self._waiting and not self.device.held and not self.broken:
+                packet = self._waiting.pop(0)
+                engine = self.device.engine
+                # Packets in rings are filled up to 8 bytes; what is not reaches the VSP as it is.
+                ringless = (len(packet[3]) | len(packet[4])) % 8
+                for packets in [[packet]] if engine is None or ringless else self.device.run(engine, packet):
+                    self.vsp.packets(cast("Channel", self.device), packets)
+        except (ChannelViolation, GuestMemoryError, RingError) as error:
             self.broken = str(error)
 
 

@@ -19,6 +19,7 @@ from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.packets import PACKET_COMPLETION, PACKET_GPA_DIRECT, PACKET_INBAND
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
 from pyvmm.core.trace import Tracer
+from tests.fakes.data_paths import data_path as data_path
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.storvsc import (
     OLD_BODY,

@@ -13,6 +13,7 @@ from devices.synthetic.storvsp.vsp import StorVsp
 from devices.vmbus.bus import VmBus
 from devices.vmbus.packets import PACKET_INBAND
 from pyvmm.core.memory import GuestMemory
+from tests.fakes.data_paths import data_path as data_path
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.storvsc import READ_TYPE, WRITE_TYPE, StorVsc
 from tests.fakes.vmbus_guest import RESCIND, V0_13, V1_1, V2_4, V5_3, FakeGuest, FakePorts, GuestChannel

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from devices.storage.backend import Disk
     from devices.synthetic.storvsp.qos import Limits
     from devices.synthetic.storvsp.scsi import Target
+    from pyvmm.core._hot import FastDisk
 
 _FILL_CHUNK = 1 << 20
 #: What one GET LBA STATUS may tell, so that none takes long; initiators go on where an answer ends.
@@ -59,6 +60,13 @@ class Lun:
     def disk(self) -> Disk | None:
         """The disk, or the disc that is in the drive now."""
         return self.target.disc if isinstance(self.target, OpticalDrive) else self.target.disk
+
+    @property
+    def fast(self) -> FastDisk | None:
+        """What C may reach the disk with; nothing while reads and writes may have to wait, or be refused."""
+        if isinstance(self.target, OpticalDrive) or not self.target.plain or self.limits is not None:
+            return None
+        return self.target.disk.fast
 
     def inspect(self) -> dict[str, Any]:
         """Return the disk, its limits, counters and latencies."""

@@ -56,8 +56,10 @@ class Target:
         self.identity = identity
         self.modes = ModePages(disk.readonly)
         self.reservations = reservations or Reservations()
-        self.reservations.join(nexus, self.attend)
+        self.reservations.join(nexus, self.attend, lambda: self.on_change())
         self._nexus = nexus
+        #: Called when `plain` may have changed; any thread.
+        self.on_change: Callable[[], None] = lambda: None
         self._attentions: list[Sense] = []
         self._lock = threading.Lock()
         self._readonly = disk.readonly
@@ -118,15 +120,25 @@ class Target:
             return Conflict()
         return command(cdb, length, data_in)
 
+    @property
+    def plain(self) -> bool:
+        """Whether commands mean what they say: nothing that was set, or is still to be told, changes their answer."""
+        return not self._attentions and self.modes.write_cache and not self.reservations.held
+
     def attend(self, sense: Sense) -> None:
         """Have the initiator learn of something with its next command."""
         with self._lock:
             if sense not in self._attentions:
                 self._attentions.append(sense)
+        self.on_change()
 
     def _next_attention(self) -> Sense | None:
         with self._lock:
-            return self._attentions.pop(0) if self._attentions else None
+            if not self._attentions:
+                return None
+            sense = self._attentions.pop(0)
+        self.on_change()
+        return sense
 
     def resized(self, size: int) -> None:
         """The disk has `size` bytes now; the initiator learns of it."""
@@ -155,6 +167,7 @@ class Target:
         except (KeyError, TypeError) as error:
             raise ValueError(f"saved unit attentions are damaged: {error}") from error
         self.reservations.restore(state["reservations"])
+        self.on_change()
 
     def reset(self) -> None:
         """The unit is as after power-on; reservations stay."""
@@ -352,8 +365,9 @@ class Target:
         with self._lock:
             before = self.modes.write_cache
             refusal = self.modes.select(data, ten)
-            # What is still in the cache is to be written now that there shall be none.
-            return refusal or (Flush() if before and not self.modes.write_cache else Reply())
+        self.on_change()
+        # What is still in the cache is to be written now that there shall be none.
+        return refusal or (Flush() if before and not self.modes.write_cache else Reply())
 
     def _reserve_out(self, cdb: bytes, length: int, data_in: bool) -> Plan:
         return self.reservations.plan_out(self._nexus, cdb, length, data_in)

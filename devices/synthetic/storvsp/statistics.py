@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 #: Kinds of commands whose latencies are told apart.
@@ -35,6 +36,18 @@ class Statistics:
                 self._counts[name] += number
             if kind is not None:
                 self._latency[kind][min((latency_ns // 1000).bit_length(), BUCKETS - 1)] += 1
+
+    def add(self, kind: str, commands: int, moved: int, latency: Sequence[int]) -> None:
+        """Take over reads, writes or flushes that were counted elsewhere, with the bytes they moved in all."""
+        with self._lock:
+            self._counts["commands"] += commands
+            self._counts["flushes" if kind == FLUSH else f"{kind}s"] += commands
+            if kind == READ:
+                self._counts["bytes_read"] += moved
+            elif kind == WRITE:
+                self._counts["bytes_written"] += moved
+            for bucket, number in enumerate(latency):
+                self._latency[kind][bucket] += number
 
     def inspect(self) -> dict[str, Any]:
         """Return the counters, and the histograms as {upper bound in microseconds: commands}, as plain JSON data."""

@@ -18,6 +18,7 @@ from devices.synthetic.storvsp.lane import Lane
 from devices.synthetic.storvsp.lun import Lun
 from devices.synthetic.storvsp.protocol import NtStatus, Operation
 from devices.synthetic.storvsp.scsi import Target
+from devices.synthetic.storvsp.statistics import FLUSH, READ, WRITE
 from devices.vmbus.packets import (
     COMPLETION_REQUESTED,
     PACKET_GPA_DIRECT,
@@ -87,7 +88,7 @@ class StorVsp(Vsp):
         # Guards the handshake's state and the channels.
         self._lock = threading.Lock()
         for lun, disk in disks.items():
-            self._commands.attach(lun, self._unit(lun, disk, None))
+            self._attach(lun, self._unit(lun, disk, None))
 
     def attached(self, bus: VmBus, workers: Sequence[Worker]) -> None:
         """The controller is on `bus`."""
@@ -98,11 +99,17 @@ class StorVsp(Vsp):
         """The controller is off its bus: end the threads."""
         self._commands.close()
 
+    def _attach(self, number: int, lun: Lun) -> None:
+        self._commands.attach(number, lun)
+        if isinstance(lun.target, Target):
+            lun.target.on_change = lambda: self._tell_engines(number)
+
     # Disks ------------------------------------------------------------------------------------------
 
     def add_disk(self, lun: int, disk: Disk, limits: Limits | None = None) -> None:
         """Plug `disk` in at `lun` and have the guest look; raises ValueError if the LUN is taken or out of range."""
-        self._commands.attach(lun, self._unit(lun, disk, limits))
+        self._attach(lun, self._unit(lun, disk, limits))
+        self._tell_engines(lun)
         self._announce()
 
     def _unit(self, lun: int, disk: Disk, limits: Limits | None) -> Lun:
@@ -117,6 +124,11 @@ class StorVsp(Vsp):
         A drive may be without one.
         """
         gone = self._commands.detach(lun)
+        self._tell_engines(lun)
+        with self._lock:
+            for channel in self._channels.values():
+                if channel.engine is not None:
+                    channel.engine.take_counters(lun)  # not for the next disk there
         self._announce()
         return gone.disk
 
@@ -160,19 +172,50 @@ class StorVsp(Vsp):
             if primary is not None and self._state == _READY and self._version >= protocol.WIN7:
                 primary.send((inband(protocol.enumerate_bus(self._version)),))
 
+    # The fast path ------------------------------------------------------------------------------------
+
+    def _speed_up(self, channel: Channel) -> None:
+        """Have C serve the disks that it can reach. Called with the lock held, once the handshake is over."""
+        fast = {number: lun.fast for number, lun in self._commands.luns.items() if lun.fast is not None}
+        if fast and not self.bus.tracer.storvsp:  # which shows every request
+            engine = channel.make_engine()
+            for number, disk in fast.items():
+                engine.set_disk(number, disk)
+            channel.use_engine(engine)
+
+    def _tell_engines(self, number: int) -> None:
+        """Have the engines serve what is at a LUN now; return once they use nothing else."""
+        with self._lock:
+            lun = self._commands.luns.get(number)
+            for channel in self._channels.values():
+                if channel.engine is not None:
+                    channel.engine.set_disk(number, lun.fast if lun is not None else None)
+                elif self._state == _READY:
+                    self._speed_up(channel)
+
+    def _gather(self, channel: Channel) -> None:
+        """Add what a channel's engine has counted to the logical units' own."""
+        if channel.engine is not None:
+            for number, lun in list(self._commands.luns.items()):
+                for kind, counters in zip((READ, WRITE, FLUSH), channel.engine.take_counters(number), strict=True):
+                    lun.statistics.add(kind, *counters)
+
     # Channels ---------------------------------------------------------------------------------------
 
     def open(self, channel: Channel) -> None:
         """A channel opens; a sub-channel is not served before the handshake on the primary is over."""
         with self._lock:
             self._channels[channel.subchannel_index] = channel
-            if channel.subchannel_index and self._state != _READY:
+            if self._state == _READY:
+                self._speed_up(channel)
+            elif channel.subchannel_index:
                 channel.stop_receiving()
 
     def close(self, channel: Channel) -> None:
         """A channel is gone; with the primary the handshake starts anew."""
         with self._lock:
             self._channels.pop(channel.subchannel_index, None)
+            self._gather(channel)
             if channel.subchannel_index == 0:
                 self._state, self._version = _BEGIN, 0
         self._commands.abandon(channel)
@@ -198,11 +241,17 @@ class StorVsp(Vsp):
                 self._commands.execute(channel, packet)
                 continue
             else:
+                self._drain_engines()
                 self._commands.reset(channel, transaction_id, body, operation == Operation.RESET_LUN)
                 status = NtStatus.SUCCESS
             if self.bus.tracer.storvsp:
                 text = f"{self.name}.{channel.subchannel_index} {protocol.operation_name(operation)} -> {status:#x}"
                 self.bus.tracer.line("storvsp", text)
+
+    def _drain_engines(self) -> None:
+        for channel in list(self._channels.values()):
+            if channel.engine is not None:
+                channel.engine.drain()
 
     # The handshake ----------------------------------------------------------------------------------
 
@@ -224,6 +273,7 @@ class StorVsp(Vsp):
             elif operation == Operation.END_INITIALIZATION:
                 self._state = _READY
                 for index, other in self._channels.items():
+                    self._speed_up(other)
                     if index:
                         other.start_receiving()
         # Not under the lock: the bus may be opening a channel.
@@ -286,6 +336,9 @@ class StorVsp(Vsp):
 
     def inspect(self) -> dict[str, Any]:
         """Return the handshake, open channels, and each logical unit with its counters."""
+        with self._lock:
+            for channel in self._channels.values():
+                self._gather(channel)
         return {
             "state": self._state,
             "protocol": f"{self._version >> 8}.{self._version & 0xFF}" if self._version else None,

@@ -17,11 +17,11 @@ enum {
 	STORAGE_LUNS = 64,
 	STORAGE_SLOTS = 256,
 	// As in devices/synthetic/storvsp/inquiry.py.
-	STORAGE_MAX_TRANSFER = 512 << 10,
+	STORAGE_MAX_TRANSFER = 1 << 20,
 	// A transfer that begins inside a page has one page more, and one that crosses blocks a cut more.
 	STORAGE_MAX_PIECES = STORAGE_MAX_TRANSFER / HOT_PAGE_SIZE + 2,
 	// A packet with that many page numbers, and some more.
-	STORAGE_MAX_PACKET = 1280,
+	STORAGE_MAX_PACKET = 2304,
 	STORAGE_BUCKETS = 32,
 };
 
