@@ -158,6 +158,10 @@ def _create(form: str) -> Callable[..., Disk]:
         from devices.storage.vhd.create import create as create_vhd
 
         return create_vhd
+    if form == "vhdx":
+        from devices.storage.vhdx.create import create as create_vhdx
+
+        return create_vhdx
     from devices.storage.raw import create
 
     return create

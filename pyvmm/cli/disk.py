@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EXIT_IO = 4
 
-_FORMATS = ("raw", "vhd", "iso")
+_FORMATS = ("raw", "vhd", "vhdx", "iso")
 _KINDS = ("dynamic", "fixed", "differencing")
 _EPILOG = (
     "exit status: 0 done, or nothing found wrong, or no difference; 1 check: errors remain, diff: there are "
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         "disk",
         help="make, check, convert, merge and compare disk images",
         description="Make, look at, check, convert, merge and compare disk images. A format goes by the suffix: "
-        ".img and .raw, .vhd, .iso; others are raw.",
+        ".img and .raw, .vhd, .vhdx, .iso; others are raw.",
         epilog=_EPILOG,
     )
     actions = parser.add_subparsers(

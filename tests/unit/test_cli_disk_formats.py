@@ -16,14 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.storage.backend import Disk, DiskError
 from devices.storage.create import create_image
 from devices.storage.file import HostFile
 from devices.storage.images import open_image
+from devices.storage.merge import merge, open_to_merge
+from devices.storage.vhdx.format import METADATA_TABLE_SIZE
+from devices.storage.vhdx.image import VhdxDisk
 from pyvmm.cli import main
 
 #: What qemu-img calls them.
-QEMU = {"raw": "raw", "vhd": "vpc"}
-DIFFERENCING = ("vhd",)
+QEMU = {"raw": "raw", "vhd": "vpc", "vhdx": "vhdx"}
+DIFFERENCING = ("vhd", "vhdx")
 SIZE = 12 << 20
 
 differencing = pytest.mark.parametrize("form", DIFFERENCING)
@@ -68,9 +72,14 @@ def fill(path: str, *spans: tuple[int, bytes]) -> None:
 
 def content(path: str) -> bytes:
     image = open_image(path, readonly=True)
+    found = content_of(image)
+    image.close()
+    return found
+
+
+def content_of(image: Disk) -> bytes:
     buffer = bytearray(image.size)
     image.read(0, [memoryview(buffer)])
-    image.close()
     return bytes(buffer)
 
 
@@ -142,6 +151,14 @@ def test_an_image_has_a_block_size_as_asked(form: str, capsys: pytest.CaptureFix
     assert tree(capsys, "info", f"a.{form}")["block_size"] == 1 << 20
 
 
+def test_an_image_has_sector_sizes_as_asked_and_so_has_its_child(capsys: pytest.CaptureFixture[str]) -> None:
+    assert disk("create", "b.vhdx", "64M", "--sector-size", "4096") == 0
+    found = tree(capsys, "info", "b.vhdx")
+    assert (found["sector_size"], found["physical_sector_size"]) == (4096, 4096)
+    assert disk("create", "c.vhdx", "--parent", "b.vhdx") == 0
+    assert tree(capsys, "info", "c.vhdx")["sector_size"] == 4096
+
+
 @differencing
 def test_a_chain_whose_parent_is_missing_is_shown_but_not_used(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = chain(form)
@@ -207,6 +224,37 @@ def test_a_child_that_is_kept_reads_as_before_and_merges_again(form: str, capsys
     assert disk("diff", names[0]) == 0
     assert disk("merge", names[0]) == 0
     assert content(names[1]) == wanted
+
+
+def test_a_child_that_is_merged_over_and_over_knows_its_parent_each_time() -> None:
+    child, base = chain("vhdx", depth=2)
+    for number in range(4):
+        fill(child, (number << 20, bytes([number + 1]) * 4096))
+        wanted = content(child)
+        assert disk("merge", child, "--keep") == 0
+        assert content(child) == wanted == content(base)
+        assert disk("check", child) == 0
+        subprocess.run(["qemu-img", "check", "-q", base], check=True, timeout=60)
+
+
+def test_other_children_of_a_merged_parent_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    child, base = chain("vhdx", depth=2)
+    assert disk("create", "sibling.vhdx", "--parent", base) == 0
+    assert disk("merge", child) == 0
+    assert "was changed" in refusal(capsys, "convert", "sibling.vhdx", "x.img")
+
+
+def test_a_child_without_room_for_a_link_is_not_merged() -> None:
+    child, _ = chain("vhdx", depth=2)
+    above, below = open_to_merge(child)
+    assert isinstance(above, VhdxDisk)
+    above.regions.metadata.length = METADATA_TABLE_SIZE + 4096
+    before = content_of(below)
+    with pytest.raises(DiskError, match="new image"):
+        merge(above, below)
+    assert content_of(below) == before
+    above.close()
+    assert disk("merge", child) == 0
 
 
 @differencing

@@ -288,7 +288,7 @@ class VhdxDisk(Layer):
     def _begin(self) -> None:
         with self.flush_lock:
             if not self.journal.started:
-                self.journal.start()
+                self.journal.start(new_guid())
 
     def write(self, offset: int, views: Sequence[memoryview]) -> None:
         if not self.journal.started:
@@ -450,6 +450,12 @@ class VhdxDisk(Layer):
                 pass  # the flush is good all the same, and whoever takes the space zeroes it
         with self.lock:
             self.get_space().give(freed)
+
+    def before_merge(self) -> None:
+        from devices.storage.vhdx.relink import follow
+
+        assert isinstance(self.parent, VhdxDisk)
+        follow(self, self.parent)
 
     def resize(self, size: int) -> None:
         from devices.storage.vhdx.resize import resize

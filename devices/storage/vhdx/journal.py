@@ -25,12 +25,12 @@ class Journal:
     def started(self) -> bool:
         return self._log is not None
 
-    def start(self) -> None:
-        """Before the first change of a session: name the new version of the file and the disk, and begin a log."""
+    def start(self, data_write: bytes) -> None:
+        """Before the first change of a session: name the file's new version and the disk's, and begin a log."""
         log = LogWriter(self._file, self._headers.current, new_guid())
         # A log that the header names must have an entry (MS-VHDX 2.3.2), so that comes first.
         log.append([], self._file.size())
-        self._headers.update(new_guid(), new_guid(), log.guid)
+        self._headers.update(new_guid(), data_write, log.guid)
         self._log = log
 
     def commit(self, sectors: list[tuple[int, bytes]], size: int, at_once: bool = False) -> None:
