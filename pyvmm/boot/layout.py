@@ -2,7 +2,7 @@
 
 The ports are those of a PC/AT. RAM and its hole below 4 GiB are `pyvmm.core.memory`'s; the hole is used so::
 
-    0xC000_0000  free (PCI)
+    0xC000_0000  PCI devices
     0xF000_0000  VMBus MMIO, low window
     0xF800_0000  free
     0xFEC0_0000  IOAPIC
@@ -34,6 +34,10 @@ PM1A_CONTROL_PORT, PM1A_CONTROL_SIZE = 0x604, 2
 PM_TIMER_PORT, PM_TIMER_SIZE = 0x608, 4
 SCI_IRQ = 9
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
+#: Where the bus master registers of the IDE controller stand until the guest moves them.
+IDE_MASTER_PORT = 0xFFA0
+#: ISA interrupts of the PCI interrupts A to D.
+PCI_IRQS = (10, 10, 11, 11)
 # Present with --testdev only, where QEMU has them (`devices.legacy.testdev` and its neighbours).
 PC_TESTDEV_PORT, PC_TESTDEV_LINES_PORT, PC_TESTDEV_BUFFER = 0xE0, 0x2000, 0xFF00_0000
 DEBUG_EXIT_PORT = 0xF4
@@ -58,6 +62,10 @@ KVM_PAGES_END = 0xFF00_0000
 
 ROM_END = HOLE_END
 ROM_MAX_SIZE = 16 << 20
+
+#: Memory of PCI devices, beside that of VGA below 1 MiB.
+PCI_MMIO, PCI_MMIO_SIZE = 0xC000_0000, 768 << 20
+VGA_MEMORY, VGA_MEMORY_SIZE = 0xA_0000, 0x2_0000
 
 #: What VMBus devices may place in guest physical space (frame buffer, PCI windows).
 VMBUS_LOW_MMIO, VMBUS_LOW_MMIO_SIZE = 0xF000_0000, 128 << 20

@@ -10,7 +10,17 @@ import sys
 
 from pyvmm.cli import EXIT_FAILED, EXIT_INTERRUPTED, CliError
 from pyvmm.core.trace import CATEGORIES, GuestLog, Tracer
-from pyvmm.machine.config import DESCRIPTIONS, DISK_FORM, VmConfig, check_files, parse_disk, parse_size, validate
+from pyvmm.machine.config import (
+    DESCRIPTIONS,
+    DISK_FORM,
+    SMBIOS_IDENTITIES,
+    VmConfig,
+    check_files,
+    parse_cdrom,
+    parse_disk,
+    parse_size,
+    validate,
+)
 from pyvmm.machine.console import open_console
 
 TYPE_CHECKING = False
@@ -56,7 +66,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         type=parse_disk,
         help=f"add a disk image: {DISK_FORM}; may be given again",
     )
+    add(
+        "--cdrom",
+        metavar="PATH",
+        dest="disks",
+        action="append",
+        type=parse_cdrom,
+        help="put an ISO image in an IDE CD drive, the first on the second channel",
+    )
     add("--enlightenments", metavar="SPEC", help=DESCRIPTIONS["enlightenments"])
+    add("--smbios", metavar="|".join(SMBIOS_IDENTITIES), help=DESCRIPTIONS["smbios"])
     add("--com1", metavar="stdio|file:P|unix:P|none", help=DESCRIPTIONS["com1"])
     add("--control", metavar="SOCKET", help=DESCRIPTIONS["control"])
     add("--timeout", metavar="S", type=float, help=DESCRIPTIONS["timeout"])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+
 from devices.legacy.acpi_pm import AcpiPm
 from devices.legacy.i8042 import I8042
 from devices.legacy.rtc import Rtc
 from devices.legacy.system_ports import SystemPorts
 from devices.legacy.uart import Uart
 from pyvmm.boot import layout
-from pyvmm.core.bus import Bus
+from pyvmm.core.bus import Bus, BusHandler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from devices.legacy.hyperv_testdev import HypervTestdev
+    from devices.legacy.pci import PciBus
     from devices.legacy.ports import PortRange
+    from devices.storage.backend import Disk
     from enlightenments.ports import Ports
     from pyvmm.core.clock import Clock
     from pyvmm.core.device import Device
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import Tracer
     from pyvmm.core.worker import Worker
+
+#: CONFIG_ADDRESS and CONFIG_DATA.
+_PCI_PORTS = ((0xCF8, 1), (0xCFC, 4))
 
 
 class TracedBus(Bus):
@@ -57,6 +64,22 @@ class TracedBus(Bus):
         super().write_string(address, size, data)
 
 
+class _FirstAccess(BusHandler):
+    """Stands where the PCI bus will be."""
+
+    def __init__(self, board: Board, base: int) -> None:
+        self._board = board
+        self._base = base
+
+    def read(self, offset: int, size: int) -> int:
+        self._board.find_pci()
+        return self._board.pio.read(self._base + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._board.find_pci()
+        self._board.pio.write(self._base + offset, size, value)
+
+
 class Board:
     """All legacy devices, registered and wired.
 
@@ -70,6 +93,8 @@ class Board:
         cpus: int,
         console: Callable[[bytes], None],
         worker: Worker,
+        make_worker: Callable[[str], Worker],
+        ide_disks: Mapping[tuple[int, int], Disk],
         tracer: Tracer,
         clock: Clock,
         on_poweroff: Callable[[], None],
@@ -90,6 +115,25 @@ class Board:
         self._add(self.keyboard_controller, self.keyboard_controller.ports())
         self._add(self.power, self.power.ports())
         self._add(system_ports, system_ports.ports())
+        self._pci_lock = threading.Lock()
+        self._pci: PciBus | None = None
+        self._pci_parts = (memory, irq_line, ide_disks, make_worker)
+        for base, length in _PCI_PORTS:
+            self.pio.register(base, length, _FirstAccess(self, base), "PCI, not looked at so far")
+        if ide_disks:
+            self.find_pci()
+
+    def find_pci(self) -> None:
+        """Make the PCI bus, unless it is there. Guests that never look at it start faster without."""
+        with self._pci_lock:
+            if self._pci is None:
+                from pyvmm.machine.pci import make_pci
+
+                self._pci = make_pci(self.pio, self.mmio, *self._pci_parts)
+                self._pci.reset()
+                for base, _ in _PCI_PORTS:
+                    self.pio.unregister(base)
+                self._add(self._pci, self._pci.ports())
 
     def add_test_devices(
         self,
@@ -138,6 +182,8 @@ class Board:
 
     def close(self) -> None:
         """Give back what the devices hold of the host; the VPs are gone."""
+        if self._pci is not None:
+            self._pci.close()
         if self._hyperv_testdev is not None:
             self._hyperv_testdev.close()
 

@@ -19,6 +19,8 @@ MAX_MEMORY = 1 << 40
 #: A Hyper-V VM has up to four SCSI controllers with up to 64 disks each.
 MAX_CONTROLLERS = 4
 MAX_LUNS = 64
+#: An IDE controller has two channels with two drives each.
+IDE_CHANNELS = IDE_UNITS = 2
 MAX_NAME = 64
 #: The largest disk of Hyper-V's largest format.
 MAX_DISK = 64 << 40
@@ -26,7 +28,10 @@ MAX_DISK = 64 << 40
 MIN_IOPS = 10
 MIN_BANDWIDTH = 64 << 10
 DISK_FORMATS = ("raw", "vhd", "vhdx", "iso")
-DISK_FORM = "PATH[,readonly][,controller=N][,lun=N][,format=F][,iops=N][,bandwidth=SIZE]"
+DISK_BUSES = ("scsi", "ide")
+DISK_FORM = "PATH[,readonly][,bus=ide][,controller=N][,lun=N][,format=F][,iops=N][,bandwidth=SIZE]"
+#: What guests are told by SMBIOS that they run on.
+SMBIOS_IDENTITIES = ("hyper-v", "pyvmm")
 
 _PAGE_SIZE = 4096
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -39,11 +44,14 @@ class ConfigError(Exception):
 class DiskConfig:
     """A disk on one of the VM's synthetic SCSI controllers, by default at the next free LUN there.
 
+    With `bus` "ide" it is a drive of the IDE controller instead: `controller` is its channel and `lun` its place there,
+    by default the next free place from that channel on. Optical images are CD drives.
     `format` None is what the path's suffix tells. `iops` (commands/s) and `bandwidth` (bytes/s) are limits.
     """
 
     path: str
     readonly: bool = False
+    bus: str = "scsi"
     controller: int = 0
     lun: int | None = None
     format: str | None = None
@@ -59,9 +67,11 @@ class DiskConfig:
         format: str | None = None,
         iops: int | None = None,
         bandwidth: int | None = None,
+        bus: str = "scsi",
     ) -> None:
         self.path = path
         self.readonly = readonly
+        self.bus = bus
         self.controller = controller
         self.lun = lun
         self.format = format
@@ -82,6 +92,7 @@ class VmConfig:
     huge_pages: bool = False
     disks: list[DiskConfig]
     enlightenments: str = "full"
+    smbios: str | None = None
     com1: str = "stdio"
     control: str | None = None
     reboot: bool = True
@@ -106,8 +117,10 @@ DESCRIPTIONS = {
     "cpus": f"number of virtual processors, 1 to {MAX_CPUS}",
     "memory": "guest memory, such as 512M or 2GiB",
     "huge_pages": "back guest memory with transparent huge pages",
-    "disks": "disks on the synthetic SCSI controllers",
+    "disks": "disks on the synthetic SCSI controllers and on the IDE controller",
     "enlightenments": "what the guest sees of Hyper-V: a profile and changes, such as full,-stimer-direct",
+    "smbios": f"what SMBIOS calls the machine: {', '.join(SMBIOS_IDENTITIES)}; by default hyper-v if there is VMBus. "
+    "Under hyper-v, Linux's ata_piix leaves IDE disks to hv_storvsc",
     "com1": "where the first serial port goes: stdio, file:PATH, unix:PATH or none",
     "control": "unix socket on which 'pyvmm ctl' reaches the VM",
     "reboot": "start again when the guest resets, instead of ending",
@@ -115,8 +128,9 @@ DESCRIPTIONS = {
     "timeout": "stop the VM after this many seconds",
     "path": "disk image",
     "readonly": "refuse the guest's writes",
-    "controller": f"SCSI controller, 0 to {MAX_CONTROLLERS - 1}",
-    "lun": f"place on the controller, 0 to {MAX_LUNS - 1}; by default the next free one",
+    "bus": f"{' or '.join(DISK_BUSES)}",
+    "controller": f"SCSI controller, 0 to {MAX_CONTROLLERS - 1}, or IDE channel, 0 or 1",
+    "lun": f"place on the controller, 0 to {MAX_LUNS - 1}, or on the IDE channel, 0 or 1; by default the next free one",
     "format": f"format of the image: {', '.join(DISK_FORMATS)}; by default what its suffix tells, else raw",
     "iops": "limit of commands per second",
     "bandwidth": "limit of bytes per second, such as 50M",
@@ -156,12 +170,19 @@ def parse_disk(text: str) -> DiskConfig:
             disk.readonly = True
         elif key in ("controller", "lun", "iops") and value.isascii() and value.isdigit() and len(value) < 16:
             setattr(disk, key, int(value))
-        elif key == "format" and value:
-            disk.format = value
+        elif key in ("format", "bus") and value:
+            setattr(disk, key, value)
         elif key == "bandwidth" and value:
             disk.bandwidth = parse_size(value)
         else:
             raise ConfigError(f"disk {text!r}: unknown option {option!r}: write {DISK_FORM}")
+    check_disk(disk)
+    return disk
+
+
+def parse_cdrom(path: str) -> DiskConfig:
+    """The image in the IDE CD drive at its usual place, the first of the second channel. Raises ConfigError."""
+    disk = DiskConfig(path, readonly=True, controller=1, lun=0, format="iso", bus="ide")
     check_disk(disk)
     return disk
 
@@ -178,10 +199,15 @@ def check_disk(disk: DiskConfig) -> None:
     """Raise ConfigError unless the parts of `disk` fit together; looks at no file."""
     if not disk.path:
         raise ConfigError("a disk needs a path")
-    if not 0 <= disk.controller < MAX_CONTROLLERS:
-        raise ConfigError(f"disk {disk.path}: controller {disk.controller} is not 0 to {MAX_CONTROLLERS - 1}")
-    if disk.lun is not None and not 0 <= disk.lun < MAX_LUNS:
-        raise ConfigError(f"disk {disk.path}: lun {disk.lun} is not 0 to {MAX_LUNS - 1}")
+    if disk.bus not in DISK_BUSES:
+        raise ConfigError(f"disk {disk.path}: bus {disk.bus!r}: choose {' or '.join(DISK_BUSES)}")
+    controllers, places = (IDE_CHANNELS, IDE_UNITS) if disk.bus == "ide" else (MAX_CONTROLLERS, MAX_LUNS)
+    if not 0 <= disk.controller < controllers:
+        raise ConfigError(f"disk {disk.path}: controller {disk.controller} is not 0 to {controllers - 1}")
+    if disk.lun is not None and not 0 <= disk.lun < places:
+        raise ConfigError(f"disk {disk.path}: lun {disk.lun} is not 0 to {places - 1}")
+    if disk.bus == "ide" and (disk.iops is not None or disk.bandwidth is not None):
+        raise ConfigError(f"disk {disk.path}: an IDE disk has no limits; leave iops and bandwidth out")
     if disk.format is not None and disk.format not in DISK_FORMATS:
         raise ConfigError(f"disk {disk.path}: format {disk.format!r}: choose {', '.join(DISK_FORMATS)}")
     if disk.iops is not None and disk.iops < MIN_IOPS:
@@ -213,6 +239,8 @@ def validate(config: VmConfig) -> None:
     if config.timeout is not None and not 0 < config.timeout < 1e9:
         raise ConfigError(f"timeout: {config.timeout} is not a positive number of seconds")
     _check_places(config.disks)
+    if config.smbios is not None and config.smbios not in SMBIOS_IDENTITIES:
+        raise ConfigError(f"smbios {config.smbios!r}: choose {' or '.join(SMBIOS_IDENTITIES)}")
     split_com1(config.com1)
     from enlightenments.selection import parse_spec  # only where a VM is to be built, not for `pyvmm ctl`
 
@@ -220,22 +248,30 @@ def validate(config: VmConfig) -> None:
         chosen = parse_spec(config.enlightenments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.disks and "vmbus" not in chosen:
-        raise ConfigError("a disk needs the enlightenment vmbus, because its controller is a VMBus device")
+    if "vmbus" not in chosen and any(disk.bus == "scsi" for disk in config.disks):
+        raise ConfigError("a disk needs the enlightenment vmbus, because its controller is a VMBus device, or bus=ide")
 
 
 def _check_places(disks: list[DiskConfig]) -> None:
     on_controller = [0] * MAX_CONTROLLERS
-    taken: set[tuple[int, int]] = set()
+    on_ide = 0
+    taken: set[tuple[str, int, int]] = set()
     for disk in disks:
         check_disk(disk)
-        on_controller[disk.controller] += 1
-        if on_controller[disk.controller] > MAX_LUNS:
-            raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
+        if disk.bus == "ide":
+            on_ide += 1
+            if on_ide > IDE_CHANNELS * IDE_UNITS:
+                raise ConfigError(f"more than {IDE_CHANNELS * IDE_UNITS} disks on the IDE controller")
+        else:
+            on_controller[disk.controller] += 1
+            if on_controller[disk.controller] > MAX_LUNS:
+                raise ConfigError(f"more than {MAX_LUNS} disks on controller {disk.controller}")
         if disk.lun is not None:
-            if (disk.controller, disk.lun) in taken:
-                raise ConfigError(f"disk {disk.path}: lun {disk.lun} of controller {disk.controller} is taken")
-            taken.add((disk.controller, disk.lun))
+            place = disk.bus, disk.controller, disk.lun
+            if place in taken:
+                what = "IDE channel" if disk.bus == "ide" else "controller"
+                raise ConfigError(f"disk {disk.path}: lun {disk.lun} of {what} {disk.controller} is taken")
+            taken.add(place)
 
 
 def check_files(config: VmConfig) -> None:

@@ -18,12 +18,14 @@ from enlightenments.selection import PROFILES, SETTINGS
 from pyvmm.core import toml_file
 from pyvmm.machine.config import (
     DESCRIPTIONS,
+    DISK_BUSES,
     DISK_FORMATS,
     MAX_CONTROLLERS,
     MAX_CPUS,
     MAX_LUNS,
     MAX_NAME,
     MIN_IOPS,
+    SMBIOS_IDENTITIES,
     ConfigError,
     DiskConfig,
     VmConfig,
@@ -55,6 +57,7 @@ def _struct(cls: type, replaced: dict[str, Any]) -> type[msgspec.Struct]:
 _Disk = _struct(
     DiskConfig,
     {
+        "bus": Literal[*DISK_BUSES],
         "controller": Annotated[int, msgspec.Meta(ge=0, lt=MAX_CONTROLLERS)],
         "lun": Annotated[int, msgspec.Meta(ge=0, lt=MAX_LUNS)] | None,
         "format": Literal[*DISK_FORMATS] | None,
@@ -68,6 +71,7 @@ _Vm = _struct(
         "name": Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)],
         "cpus": Annotated[int, msgspec.Meta(ge=1, le=MAX_CPUS)],
         "memory": int | str,
+        "smbios": Literal[*SMBIOS_IDENTITIES] | None,
         "disks": list[_Disk],  # type: ignore[valid-type]
         "timeout": Annotated[float, msgspec.Meta(gt=0)] | None,
     },

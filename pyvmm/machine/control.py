@@ -100,6 +100,8 @@ class Commands:
 
     def _add_disk(self, arguments: _Arguments) -> dict[str, Any]:
         config = DiskConfig(arguments.path(), arguments.flag("readonly"))
+        if arguments.has("bus"):
+            config.bus = arguments.text("bus")
         config.controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1, default=0)
         if arguments.has("lun"):
             config.lun = arguments.integer("lun", 0, MAX_LUNS - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from pyvmm.machine.config import MAX_LUNS, ConfigError
+from pyvmm.machine.config import IDE_CHANNELS, IDE_UNITS, MAX_LUNS, ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class Slot:
-    """One disk at its place: `lun` of SCSI controller `controller`. A CD or DVD drive may be without `disk`."""
+    """One disk at its place: `lun` of SCSI controller, or IDE channel, `controller`. A CD or DVD drive may be without
+    `disk`."""
 
-    def __init__(self, config: DiskConfig, lun: int, disk: Disk) -> None:
+    def __init__(self, config: DiskConfig, controller: int, lun: int, disk: Disk) -> None:
         self.config = config
-        self.controller = config.controller
+        self.controller = controller
         self.lun = lun
         self.optical = disk.optical
         self.disk: Disk | None = disk
@@ -37,7 +38,7 @@ class Disks:
     def __init__(self, configs: Sequence[DiskConfig], synthetic: Callable[[], SyntheticDevices]) -> None:
         self._synthetic = synthetic
         self._lock = threading.Lock()  # one disk comes or goes at a time
-        self._slots: dict[tuple[int, int], Slot] = {}
+        self._slots: dict[tuple[str, int, int], Slot] = {}
         try:
             # Those that say where they go come first, so that the others do not take their places.
             for config in sorted(configs, key=lambda config: config.lun is None):
@@ -47,29 +48,49 @@ class Disks:
             raise
 
     def _open(self, config: DiskConfig) -> Slot:
-        lun = self._place(config)
+        bus, controller, lun = place = self._place(config)
         disk = _open(config.path, config.readonly, config.format)
-        slot = self._slots[config.controller, lun] = Slot(config, lun, disk)
+        if bus == "ide" and not disk.optical and disk.sector_size != 512:
+            disk.close()
+            raise ConfigError(f"{config.path}: sectors of {disk.sector_size} bytes; IDE disks have 512: use bus=scsi")
+        slot = self._slots[place] = Slot(config, controller, lun, disk)
         return slot
 
-    def _place(self, config: DiskConfig) -> int:
-        candidates = range(MAX_LUNS) if config.lun is None else (config.lun,)
-        for lun in candidates:
-            if (config.controller, lun) not in self._slots:
-                return lun
+    def _place(self, config: DiskConfig) -> tuple[str, int, int]:
+        controllers = range(config.controller, IDE_CHANNELS) if config.bus == "ide" else (config.controller,)
+        luns = range(IDE_UNITS if config.bus == "ide" else MAX_LUNS)
+        if config.lun is not None:
+            controllers, luns = (config.controller,), range(config.lun, config.lun + 1)
+        for controller in controllers:
+            for lun in luns:
+                if (config.bus, controller, lun) not in self._slots:
+                    return config.bus, controller, lun
+        if config.bus == "ide":
+            raise ConfigError(f"{config.path}: no place is free from IDE channel {config.controller} on")
         if config.lun is None:
             raise ConfigError(f"all {MAX_LUNS} LUNs of controller {config.controller} are taken")
         raise ConfigError(f"LUN {config.lun} of controller {config.controller} is taken")
 
+    def ide(self) -> dict[tuple[int, int], Disk]:
+        """The disks of the IDE controller by channel and place."""
+        return {
+            (slot.controller, slot.lun): slot.disk
+            for (bus, _, _), slot in self._slots.items()
+            if bus == "ide" and slot.disk is not None
+        }
+
     def controllers(self) -> dict[int, dict[int, Slot]]:
-        """The slots by controller and LUN; the first controller is always there, so that it can be filled later."""
+        """The SCSI slots by controller and LUN; the first controller is always there, to be filled later."""
         found: dict[int, dict[int, Slot]] = {0: {}}
-        for (controller, lun), slot in sorted(self._slots.items()):
-            found.setdefault(controller, {})[lun] = slot
+        for (bus, controller, lun), slot in sorted(self._slots.items()):
+            if bus == "scsi":
+                found.setdefault(controller, {})[lun] = slot
         return found
 
     def add(self, config: DiskConfig) -> dict[str, Any]:
         """Plug a disk in; return its place."""
+        if config.bus != "scsi":
+            raise ConfigError("IDE disks are there from the start or not at all; leave bus=ide out")
         synthetic = self._synthetic()
         with self._lock:
             slot = self._open(config)
@@ -82,7 +103,7 @@ class Disks:
         with self._lock:
             slot = self._find(controller, lun)
             synthetic.unplug(slot)
-            del self._slots[controller, lun]
+            del self._slots["scsi", controller, lun]
             lost = _close(slot.disk)
         if lost is not None:
             raise ConfigError(lost)
@@ -147,7 +168,7 @@ class Disks:
         return {"controller": controller, "lun": lun, "path": slot.config.path, "size": size}
 
     def _find(self, controller: int, lun: int) -> Slot:
-        slot = self._slots.get((controller, lun))
+        slot = self._slots.get(("scsi", controller, lun))
         if slot is None:
             raise ConfigError(f"there is no disk at LUN {lun} of controller {controller}")
         return slot

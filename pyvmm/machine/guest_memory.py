@@ -29,7 +29,7 @@ def load_guest(memory: GuestMemory, config: VmConfig, vmbus: bool) -> EntryState
     identity = uuid.uuid5(uuid.NAMESPACE_DNS, f"{config.name}.pyvmm").bytes_le
     for gpa, table in (
         *build_acpi(memory.top, config.cpus, vmbus=vmbus),
-        *build_smbios(memory.ram_ranges(), config.cpus, identity),
+        *build_smbios(memory.ram_ranges(), config.cpus, identity, config.smbios or ("hyper-v" if vmbus else "pyvmm")),
     ):
         memory.write(gpa, table)
     return entry

@@ -83,7 +83,7 @@ class Machine:
             chosen = parse_spec(config.enlightenments)
         except ValueError as error:
             raise MachineError(str(error), EXIT_USAGE) from error
-        if config.disks and "vmbus" not in chosen:
+        if "vmbus" not in chosen and any(disk.bus == "scsi" for disk in config.disks):
             raise MachineError("--disk needs the enlightenment vmbus: its controller is a VMBus device", EXIT_USAGE)
         self._vmbus = "vmbus" in chosen
         try:
@@ -140,12 +140,15 @@ class Machine:
             self._start_vp,
             hypervisor,
         )
+        assert self._disks is not None
         self.board = Board(
             self.memory,
             self._vm.irq_line,
             config.cpus,
             self._console.write,
             self._worker,
+            lambda name: Worker(name, self._on_worker_error, self._clock),
+            self._disks.ide(),
             self._tracer,
             self._clock,
             lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),

@@ -163,6 +163,27 @@ def test_iasl_makes_the_same_dsdt_again(tmp_path: Path, cpus: int) -> None:
         assert source.count(f'EisaId ("{identifier}")') == 1
 
 
+def test_the_pci_bus_has_windows_that_keep_clear_of_others_and_a_route_for_each_pin(tmp_path: Path) -> None:
+    source = assert_recompiles(tmp_path, tables()["DSDT"])
+    pci = source[source.index("Device (PCI0)") : source.index("Device (VMOD)")]
+    assert 'EisaId ("PNP0A03"' in pci
+    windows = re.findall(r"(\w+) \(Resource.*?0x(\w+), +// Range Minimum\s+0x(\w+), +// Range Maximum", pci, re.DOTALL)
+    assert [(kind, int(low, 16), int(high, 16)) for kind, low, high in windows] == [
+        ("WordBusNumber", 0, 0xFF),
+        ("WordIO", 0, 0xCF7),
+        ("WordIO", 0xD00, 0xFFFF),
+        ("DWordMemory", 0xA_0000, 0xB_FFFF),
+        ("DWordMemory", 0xC000_0000, layout.VMBUS_LOW_MMIO - 1),
+    ]
+    number = r"(Zero|One|0x\w+)"
+    routes = re.findall(rf"0x(\w+)FFFF,\s+{number},\s+Zero,\s+0x(\w+)", pci)
+    pins = {"Zero": 0, "One": 1, "0x02": 2, "0x03": 3}
+    found = {(int(device, 16), pins[pin]): int(irq, 16) for device, pin, irq in routes}
+    assert found.keys() == {(device, pin) for device in range(1, 32) for pin in range(4)}
+    assert [found[1, pin] for pin in range(4)] == list(layout.PCI_IRQS)
+    assert [found[2, pin] for pin in range(4)] == [*layout.PCI_IRQS[1:], layout.PCI_IRQS[0]]
+
+
 def test_vmbus_is_a_child_of_the_module_device_with_the_windows(tmp_path: Path) -> None:
     source = assert_recompiles(tmp_path, tables()["DSDT"])
     module = source[source.index("Device (VMOD)") :]

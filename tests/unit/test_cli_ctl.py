@@ -83,7 +83,7 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
     assert main(["ctl", vm, "add-disk", "d.img,readonly,controller=2,iops=50"]) == 0
     assert capsys.readouterr().out == "controller: 2\nlun: 1\n"
     assert main(["ctl", vm, "remove-disk", "2:1"]) == 0
-    disk = {"path": str(tmp_path / "d.img"), "readonly": True, "controller": 2, "iops": 50}
+    disk = {"path": str(tmp_path / "d.img"), "readonly": True, "bus": "scsi", "controller": 2, "iops": 50}
     assert main(["ctl", vm, "resize-disk", "2:1", "3M"]) == 0
     assert main(["ctl", vm, "eject", "0:3"]) == main(["ctl", vm, "eject", "0:3", "--force"]) == 0
     assert main(["ctl", vm, "insert", "0:3", "cd.iso"]) == 0

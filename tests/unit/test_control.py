@@ -69,7 +69,8 @@ def test_shutdown_says_whether_the_guest_obeyed(obeys: bool) -> None:
 
 def test_disks_come_and_go() -> None:
     machine = FakeMachine()
-    disk = {"path": "/d", "readonly": True, "controller": 1, "lun": 1, "format": "vhd", "iops": 10, "bandwidth": 65536}
+    place = {"bus": "scsi", "controller": 1, "lun": 1}
+    disk = {"path": "/d", "readonly": True, **place, "format": "vhd", "iops": 10, "bandwidth": 65536}
     assert ask(machine, command="add-disk", **disk) == {"ok": True, "controller": 1, "lun": 1}
     assert ask(machine, command="remove-disk", controller=1, lun=1)["ok"]
     assert machine.calls == [("add", disk), ("remove", 1, 1)]

@@ -254,8 +254,11 @@ class Channel:
         self._submit(self._job)
 
     def finish(self, job: Job, more: bool = False, error: Exception | None = None) -> None:
-        """A job is done. `more` says that there were more regions than data; `error` is an OSError of the medium, a
-        CommandError or a DmaFailure."""
+        """A job is done.
+
+        `more` says that there were more regions than data; `error` is a CommandError, a DmaFailure, or what went wrong in
+        reaching the medium.
+        """
         with self.lock:
             if job.cancelled:
                 return
@@ -267,8 +270,8 @@ class Channel:
                 self._dma_failed(error)
             elif isinstance(error, CommandError):
                 self._end(error.error)
-            elif isinstance(error, OSError):
-                self._end(self._device().medium_error(error, job))
+            elif error is not None:
+                self._end(self._device().medium_error(job))
             elif transfer.dma or job.direction == NONE:
                 self._end()
             else:

@@ -193,8 +193,8 @@ class HardDisk:
         cylinders = min(self.disk.size // SECTOR // (heads * per_track), 0xFFFF)
         self.translation = (cylinders, heads, per_track)
 
-    def medium_error(self, error: OSError, job: Job) -> int:
-        """The error register for what the host said about reaching the medium."""
+    def medium_error(self, job: Job) -> int:
+        """The error register if the medium can't be reached."""
         return UNC if job.direction == IN or job.work == VERIFY else ABRT
 
     def packet(self, cdb: bytes) -> Transfer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from devices.legacy.ide.ata import FLUSH, IN, OUT, TRIM, VERIFY, CommandError
 from devices.legacy.ide.channel import DmaFailure
 from devices.legacy.ide.prd import part, regions
+from devices.storage.backend import DiskError
 from pyvmm.core.memory import GuestMemoryError
 
 TYPE_CHECKING = False
@@ -37,7 +38,7 @@ def carry_out(channel: Channel, job: Job, memory: GuestMemory) -> None:
             _pio(job)
     except Stopped:
         return
-    except (OSError, CommandError, DmaFailure) as failure:
+    except (OSError, DiskError, CommandError, DmaFailure) as failure:
         error = failure
     channel.finish(job, more, error)
 

@@ -118,9 +118,25 @@ def irq_no_flags(irq: int) -> bytes:
     return struct.pack("<BH", 0x22, 1 << irq)
 
 
-def qword_memory(base: int, size: int) -> bytes:
-    """Return a QWordMemory window that a bus hands down to its children.
+# Windows that a bus hands down to its children: ResourceProducer, PosDecode, MinFixed, MaxFixed.
 
-    ResourceProducer, PosDecode, MinFixed, MaxFixed, Cacheable, ReadWrite.
-    """
+
+def bus_numbers(first: int, count: int) -> bytes:
+    """Return a WordBusNumber window."""
+    return struct.pack("<BHBBB5H", 0x88, 0x0D, 2, 0x0C, 0, 0, first, first + count - 1, 0, count)
+
+
+def io_window(base: int, size: int) -> bytes:
+    """Return a WordIO window, EntireRange."""
+    return struct.pack("<BHBBB5H", 0x88, 0x0D, 1, 0x0C, 0x03, 0, base, base + size - 1, 0, size)
+
+
+def dword_memory(base: int, size: int, *, cacheable: bool = False) -> bytes:
+    """Return a DWordMemory window, ReadWrite."""
+    kind = 0x03 if cacheable else 0x01
+    return struct.pack("<BHBBB5I", 0x87, 0x17, 0, 0x0C, kind, 0, base, base + size - 1, 0, size)
+
+
+def qword_memory(base: int, size: int) -> bytes:
+    """Return a QWordMemory window, Cacheable, ReadWrite."""
     return struct.pack("<BHBBB5Q", 0x8A, 0x2B, 0, 0x0C, 0x03, 0, base, base + size - 1, 0, size)

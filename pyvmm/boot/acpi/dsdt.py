@@ -9,7 +9,7 @@ from pyvmm.boot.acpi import aml
 def definition_block(memory_top: int, cpus: int, *, vmbus: bool, com1: bool, i8042: bool) -> bytes:
     """Return the AML of the DSDT, without the table's header. The arguments are those of `build_acpi`."""
     board = [_processor(index) for index in range(cpus)]
-    board += [_interrupt_controller(), _timer(), _rtc()]
+    board += [_interrupt_controller(), _timer(), _rtc(), _pci()]
     if com1:
         board.append(_com1())
     if i8042:
@@ -64,6 +64,40 @@ def _keyboard() -> bytes:
 
 def _mouse() -> bytes:
     return _legacy("MOUS", "PNP0F13", aml.irq_no_flags(layout.MOUSE_IRQ))
+
+
+def _pci() -> bytes:
+    """Return the PCI host bridge.
+
+    Interrupts A to D go to fixed inputs of the IOAPIC, shifted by one from device to device as on an i440FX board; they
+    are the ISA interrupts that the ISA bridge's registers name.
+    """
+    windows = aml.resources(
+        aml.bus_numbers(0, 256),
+        aml.io(0xCF8, 8),
+        aml.io_window(0, 0xCF8),
+        aml.io_window(0xD00, 0xF300),
+        aml.dword_memory(layout.VGA_MEMORY, layout.VGA_MEMORY_SIZE, cacheable=True),
+        aml.dword_memory(layout.PCI_MMIO, layout.PCI_MMIO_SIZE),
+    )
+    routes = [
+        aml.package(
+            aml.integer(device << 16 | 0xFFFF),
+            aml.integer(pin),
+            aml.integer(0),
+            aml.integer(layout.PCI_IRQS[(device - 1 + pin) % 4]),
+        )
+        for device in range(1, 32)
+        for pin in range(4)
+    ]
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name("_CRS", windows),
+        aml.name("_PRT", aml.package(*routes)),
+    )
 
 
 def _vmbus(memory_top: int) -> bytes:
