@@ -51,7 +51,7 @@ def open_layer(file: HostFile, kind: str) -> Disk:
 
         return open_vhd(file)
     if kind == "vhdx":
-        from devices.storage.vhdx.image import VhdxDisk
+        from devices.storage.vhdx.disk import VhdxDisk
 
         return VhdxDisk(file)
     from devices.storage.raw import IsoDisk, RawDisk

@@ -13,7 +13,7 @@ from devices.storage.merge import layers, merge
 from devices.storage.vhd.create import create as create_vhd
 from devices.storage.vhd.disk import open_vhd
 from devices.storage.vhdx.create import create as create_vhdx
-from devices.storage.vhdx.image import VhdxDisk
+from devices.storage.vhdx.disk import VhdxDisk
 from tests.fakes.crash import CrashFile, Medium
 
 MIB = 1 << 20

@@ -13,8 +13,9 @@ from devices.storage.backend import DATA, PARENT, ZERO, DiskError, Extent
 from devices.storage.file import HostFile
 from devices.storage.images import open_image
 from devices.storage.vhdx.create import create
+from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import Layout, guid, guid_text
-from devices.storage.vhdx.image import VhdxDisk
+from devices.storage.vhdx.metadata import locator_changes
 from pyvmm.core._hot import crc32c
 from tests.fakes.disks import check_disk
 
@@ -323,3 +324,40 @@ def test_threads_write_trim_and_flush_side_by_side(tmp_path: Path) -> None:
     assert content(disk) == before
     assert disk.check_table(1) == []
     disk.close()
+
+
+def test_a_merge_that_was_cut_short_can_be_done_again(tmp_path: Path) -> None:
+    base = made(tmp_path / "base.vhdx")
+    write(base, 0, b"b" * 2 * MIB)
+    base.close()
+    made(tmp_path / "other.vhdx", parent=opened(tmp_path / "base.vhdx", True)).close()
+    child = made(tmp_path / "child.vhdx", parent=opened(tmp_path / "base.vhdx", True))
+    write(child, MIB, b"c" * 2 * MIB)
+    child.close()
+    expected = b"b" * MIB + b"c" * 2 * MIB + bytes(5 * MIB)
+    for _ in range(3):
+        child = opened(tmp_path / "child.vhdx")
+        assert child.parent is not None
+        child.parent.close()
+        child.parent = opened(tmp_path / "base.vhdx")
+        child.before_merge()
+        write(child.parent, 0, b"b" * 512)
+        assert content(child) == expected
+        child.close()
+    with pytest.raises(DiskError, match="is not the parent"):
+        opened(tmp_path / "other.vhdx")
+
+
+def test_a_parent_locator_moves_where_there_is_room_for_a_longer_one(tmp_path: Path) -> None:
+    made(tmp_path / "base.vhdx").close()
+    path = tmp_path / "child.vhdx"
+    made(path, parent=opened(tmp_path / "base.vhdx", True)).close()
+    child = opened(path)
+    locator = {**(child.metadata.locator or {}), "volume_path": "\\\\?\\Volume{0}\\" + "long" * 2000}
+    write(child, 0, b"c" * 512)
+    child.journal.commit_bytes(locator_changes(child.file, child.regions.metadata, locator))
+    child.close()
+    child = opened(path)
+    assert child.metadata.locator == locator
+    assert child.metadata.size == 8 * MIB
+    child.close()

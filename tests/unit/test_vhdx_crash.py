@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from devices.storage.vhdx.create import create
-from devices.storage.vhdx.image import VhdxDisk
+from devices.storage.vhdx.disk import VhdxDisk
 from tests.fakes.crash import CrashFile, Medium
 from tests.fakes.crash_check import check_crashes
 

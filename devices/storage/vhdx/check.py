@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from devices.storage.backend import DiskError, Finding
 from devices.storage.chain import open_parents
+from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import FILE_SIGNATURE, MIB, NO_GUID, REGION_TABLE_OFFSETS, Damage, new_guid
 from devices.storage.vhdx.header import Headers, check_identifier, pack_regions
-from devices.storage.vhdx.image import VhdxDisk
 from devices.storage.vhdx.log import active_sequence, is_dirty
 from devices.storage.vhdx.space import Space, used_by
 
@@ -113,7 +113,7 @@ def _check_room(disk: VhdxDisk, repair: bool, findings: list[Finding]) -> None:
     for start, length in space.free:
         for _, size, stored in disk.file.extents(start * MIB, length * MIB):
             lost += size if stored else 0
-    if not lost:
+    if lost < MIB:  # the end of a file is not always a whole MiB
         return
     if repair:
         disk.headers.update(file_write=new_guid())

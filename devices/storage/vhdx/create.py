@@ -6,6 +6,7 @@ from array import array
 
 from devices.storage.backend import DiskError
 from devices.storage.chain import absolute_name, relative_name
+from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import (
     CREATOR_SIZE,
     FILE_SIGNATURE,
@@ -21,7 +22,6 @@ from devices.storage.vhdx.format import (
     new_guid,
 )
 from devices.storage.vhdx.header import Header, Region, pack_regions
-from devices.storage.vhdx.image import VhdxDisk
 from devices.storage.vhdx.metadata import Metadata, pack_metadata, region_length
 
 TYPE_CHECKING = False
@@ -121,8 +121,10 @@ def _fill_table(file: HostFile, layout: Layout, offset: int, data: int) -> None:
 
 def _locator(path: str, parent: VhdxDisk) -> dict[str, str]:
     """The parent locator of the image at `path`. MS-VHDX 2.6.2.6.3 has the keys."""
+    version = "{" + guid_text(parent.data_write) + "}"
     return {
-        "parent_linkage": "{" + guid_text(parent.data_write) + "}",
+        "parent_linkage": version,
+        "parent_linkage2": version,  # for merging, see `VhdxDisk.before_merge`
         "relative_path": relative_name(path, parent.path),
         "absolute_win32_path": absolute_name(parent.path),
     }

@@ -1,4 +1,4 @@
-"""A VHDX image as a disk. Sources: MS-VHDX, and QEMU's block/vhdx.c for what other writers do."""
+"""A VHDX image: its structures, and reading what it holds. Source: MS-VHDX."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ from devices.storage.vhdx.format import (
     PARTIAL,
     PRESENT,
     STATE_MASK,
-    ZEROED,
     Damage,
     guid_text,
     new_guid,
 )
 from devices.storage.vhdx.header import Headers, Regions, check_identifier
 from devices.storage.vhdx.inflight import InFlight
-from devices.storage.vhdx.journal import Journal
 from devices.storage.vhdx.log import is_dirty, replay
 from devices.storage.vhdx.metadata import linkages, read_metadata
 from devices.storage.vhdx.overlay import ReplayedFile
-from devices.storage.vhdx.space import Space, used_by
 from devices.storage.views import Pieces, fill_zeros, total
 from pyvmm.core._hot import BlockTable
 
@@ -39,6 +36,8 @@ if TYPE_CHECKING:
     from devices.storage.file import HostFile
 
 _SECTOR_ENTRIES = LOG_SECTOR // 8
+#: What the smallest BAT region has room for.
+_MIN_ENTRIES = MIB // 8
 _TABLE_FAULTS = {
     "state": "has a state that is not defined",
     "outside": "points beyond the end of the file",
@@ -48,12 +47,10 @@ _TABLE_FAULTS = {
 }
 
 
-class VhdxDisk(Layer):
-    """A VHDX image in `file`, which it closes. Raises DiskError, with the file closed, if it makes no disk.
+class VhdxImage(Layer):
+    """What is in a VHDX `file`, which it closes. Raises DiskError, with the file closed, if that makes no disk.
 
-    What is on stable storage is consistent at any time: new blocks and freed ones, bits of sector bitmaps and the
-    like stay in memory until `flush`, which first makes the data durable, then logs these changes, then
-    writes them in place. So a crash loses nothing but writes that no flush had acknowledged.
+    Opening one for writing replays its log; a reader sees it as if it was replayed.
     """
 
     format = "vhdx"
@@ -64,14 +61,9 @@ class VhdxDisk(Layer):
         self.path = file.path
         self.readonly = file.readonly
         self.file = file
-        #: Guards the table, the bitmaps, the free space and the lists of what changed.
+        #: Guards what is changed: the table and the bitmaps here.
         self.lock = threading.Lock()
-        #: Held while the log is written, and before `_lock`; never by I/O that `_inflight` counts.
-        self.flush_lock = threading.Lock()
-        self._inflight = InFlight()
-        self.dirty: set[int] = set()  # sectors of the BAT that differ from what was last logged
-        self.freed: list[tuple[int, int]] = []  # what is to be free once the log says so, in MiB
-        self._space: Space | None = None
+        self.inflight = InFlight()
         try:
             self._load()
             for index, kind in self.check_table(1) if checked else ():
@@ -101,7 +93,6 @@ class VhdxDisk(Layer):
         elif is_dirty(header):
             replay(self.file, header)
             self.headers.update(file_write=new_guid(), log_guid=NO_GUID)
-        self.journal = Journal(self.file, self.headers)
         self.regions = Regions(self.file, header.log_offset, header.log_length)
         self.metadata, self.size_offset = read_metadata(self.file, self.regions.metadata)
         self.layout = self.metadata.layout()
@@ -109,7 +100,7 @@ class VhdxDisk(Layer):
         self.sector_size = self.metadata.sector
         self.physical_sector_size = max(self.metadata.physical, self.metadata.sector)
         self.table = self._load_table()
-        self.bitmaps = SectorBitmaps(self.file, self._locate_bitmap)
+        self.bitmaps = SectorBitmaps(self.file, self.locate_bitmap)
         self.link = self._link()
 
     def _load_table(self) -> BlockTable:
@@ -117,12 +108,17 @@ class VhdxDisk(Layer):
         bat = self.regions.bat
         if length > bat.length:
             raise Damage(f"the BAT region at {bat.offset:#x} with {bat.length} bytes is too small for the disk")
-        table = BlockTable(self.layout.entries)
+        # Room for growing is cheap, and saves C from changing tables.
+        table = BlockTable(min(bat.length // 8, max(self.layout.entries, _MIN_ENTRIES)))
         for offset, size, stored in self.file.extents(bat.offset, length):
             # Sectors of the host's file system, so multiples of an entry.
             for at in range(offset, offset + size if stored else offset, MIB):
                 table.load((at - bat.offset) // 8, self.file.read_bytes(at, min(MIB, offset + size - at)))
         return table
+
+    def locate_bitmap(self, page: int) -> int:
+        chunk, place = divmod(page, BITMAP_PAGES)
+        return (self.table.get(self.layout.bitmap_entry(chunk)) & OFFSET_MASK) + place * PAGE
 
     def check_table(self, limit: int) -> list[tuple[int, str]]:
         """What is wrong with the BAT: index of an entry and kind of fault, as `BlockTable.check` has them."""
@@ -160,7 +156,7 @@ class VhdxDisk(Layer):
             raise Damage("the parent locator has no path")
 
         def mismatch(parent: Layer) -> str:
-            assert isinstance(parent, VhdxDisk)
+            assert isinstance(parent, VhdxImage)
             if parent.data_write not in wanted:
                 found = guid_text(parent.data_write)
                 return f"its DataWriteGuid is {found}, not {guid_text(wanted[0])}, so it was changed or is another disk"
@@ -192,9 +188,9 @@ class VhdxDisk(Layer):
     def read_layer(self, offset: int, views: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
         missing: list[tuple[int, list[memoryview]]] = []
         absent = ABSENT if self.metadata.has_parent else -1
-        turn = self._inflight.enter()
+        turn = self.inflight.enter()
         try:
-            for block, within, part in self._pieces(offset, views):
+            for block, within, part in self.pieces_of(offset, views):
                 entry = self.table.get(self.layout.block_entry(block))
                 state = entry & STATE_MASK
                 if state == PRESENT:
@@ -206,10 +202,10 @@ class VhdxDisk(Layer):
                 else:
                     fill_zeros(part)
         finally:
-            self._inflight.leave(turn)
+            self.inflight.leave(turn)
         return missing
 
-    def _pieces(self, offset: int, views: Sequence[memoryview]) -> Iterator[tuple[int, int, Sequence[memoryview]]]:
+    def pieces_of(self, offset: int, views: Sequence[memoryview]) -> Iterator[tuple[int, int, Sequence[memoryview]]]:
         """The parts of a range by block: its number, offset in it, buffers."""
         length = total(views)
         block, within = divmod(offset, self.layout.block_size)
@@ -282,199 +278,6 @@ class VhdxDisk(Layer):
     def _stored_extents(self, offset: int, at: int, length: int) -> Iterator[Extent]:
         for start, size, stored in self.file.extents(at, length):
             yield Extent(offset + start - at, size, DATA if stored else ZERO)
-
-    # Writing ---------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        with self.flush_lock:
-            if not self.journal.started:
-                self.journal.start(new_guid())
-
-    def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        if not self.journal.started:
-            self._begin()
-        turn = self._inflight.enter()
-        try:
-            for block, within, part in self._pieces(offset, views):
-                entry = self.table.get(self.layout.block_entry(block))
-                if entry & STATE_MASK < PRESENT:
-                    entry = self.allocate(block)
-                self.file.write((entry & OFFSET_MASK) + within, part)
-                if entry & STATE_MASK == PARTIAL:
-                    self._set_present(block, entry, within, total(part))
-        finally:
-            self._inflight.leave(turn)
-
-    def allocate(self, block: int) -> int:
-        """Give a block storage that reads as zeros; return its entry."""
-        index = self.layout.block_entry(block)
-        with self.lock:
-            entry = self.table.get(index)
-            state = entry & STATE_MASK
-            if state >= PRESENT:
-                return entry
-            space = self.get_space()
-            partial = state == ABSENT and self.metadata.has_parent
-            if partial:
-                self._give_bitmap(block // self.layout.chunk_blocks)
-                # Bits that an earlier life of the block left behind must not count.
-                sectors = self.layout.block_size // self.sector_size
-                self.bitmaps.change(block * sectors, sectors, False)
-            entry = space.take(self.layout.block_size // MIB) * MIB | (PARTIAL if partial else PRESENT)
-            self.set_entry(index, entry)
-            return entry
-
-    def _give_bitmap(self, chunk: int) -> None:
-        index = self.layout.bitmap_entry(chunk)
-        if self.table.get(index) & STATE_MASK != PRESENT:
-            self.set_entry(index, self.get_space().take(1) * MIB | PRESENT)
-
-    def _locate_bitmap(self, page: int) -> int:
-        chunk, place = divmod(page, BITMAP_PAGES)
-        return (self.table.get(self.layout.bitmap_entry(chunk)) & OFFSET_MASK) + place * PAGE
-
-    def _set_present(self, block: int, entry: int, within: int, length: int) -> None:
-        """Note that sectors of a partially present block are in this file now."""
-        sectors = self.layout.block_size // self.sector_size
-        index = self.layout.block_entry(block)
-        with self.lock:
-            if self.table.get(index) != entry:
-                return  # complete by another write, or trimmed meanwhile
-            first = block * sectors
-            self.bitmaps.change(first + within // self.sector_size, length // self.sector_size, True)
-            if self.bitmaps.all_present(first, min(sectors, self.layout.size // self.sector_size - first)):
-                self.set_entry(index, entry & OFFSET_MASK | PRESENT)
-
-    def set_entry(self, index: int, entry: int) -> None:
-        self.table.set(index, entry)
-        self.dirty.add(index // _SECTOR_ENTRIES)
-
-    def get_space(self) -> Space:
-        if self._space is None:
-            self._space = Space(self.file, self.structures() + used_by(self.table, self.layout))
-        return self._space
-
-    def trim(self, offset: int, length: int) -> None:
-        # Zeros are what the guest was promised, so the block's state is "zero" rather than "unmapped".
-        self.write_zeros(offset, length)
-
-    def write_zeros(self, offset: int, length: int) -> None:
-        if not self.journal.started:
-            self._begin()
-        turn = self._inflight.enter()
-        try:
-            while length:
-                block, within = divmod(offset, self.layout.block_size)
-                step = min(length, self.layout.block_size - within)
-                whole = not within and offset + step in ((block + 1) * self.layout.block_size, self.layout.size)
-                if not (whole and self._free(block)):
-                    self._zero_part(block, within, step)
-                offset, length = offset + step, length - step
-        finally:
-            self._inflight.leave(turn)
-
-    def _free(self, block: int) -> bool:
-        """Make a whole block zeros without storage; False if it is one that keeps its storage."""
-        index = self.layout.block_entry(block)
-        with self.lock:
-            entry = self.table.get(index)
-            state = entry & STATE_MASK
-            if state >= PRESENT:
-                if self.metadata.leave_allocated:
-                    return False
-                self.get_space()  # which must not find this storage free before it is
-                self.set_entry(index, ZEROED)
-                self.freed.append((entry >> 20, self.layout.block_size // MIB))
-            elif state == ABSENT and self._parent_has(block * self.layout.block_size):
-                self.set_entry(index, ZEROED)
-            return True
-
-    def _zero_part(self, block: int, within: int, length: int) -> None:
-        entry = self.table.get(self.layout.block_entry(block))
-        state = entry & STATE_MASK
-        if state == ABSENT and self._parent_has(block * self.layout.block_size + within):
-            entry = self.allocate(block)
-        elif state < PRESENT:
-            return
-        self.file.write_zeros((entry & OFFSET_MASK) + within, length)
-        if entry & STATE_MASK == PARTIAL:
-            self._set_present(block, entry, within, length)
-
-    def _parent_has(self, offset: int) -> bool:
-        return self.metadata.has_parent and (self.parent is None or offset < self.parent.size)
-
-    # Durability ------------------------------------------------------------------------------------
-
-    def flush(self) -> None:
-        if self.journal.started:
-            with self.flush_lock:
-                self.write_back()
-
-    def write_back(self) -> None:
-        """Make everything durable: data first, then what was changed around it. The caller has the flush lock."""
-        with self.lock:
-            dirty, pages, freed = self.dirty, self.bitmaps.dirty, self.freed
-            self.dirty, self.bitmaps.dirty, self.freed = set(), set(), []
-            self.bitmaps.pinned = pages
-            # Bitmaps come before the BAT, and the BAT from its end, where the entry of a chunk's bitmap follows those
-            # of its blocks. So however many entries of the log this takes, none depends on a later one.
-            sectors = [(self._locate_bitmap(page), bytes(self.bitmaps.page(page))) for page in sorted(pages)]
-            sectors += [self._table_sector(number) for number in sorted(dirty, reverse=True)]
-            size = self.file.size()
-        try:
-            self.journal.commit(sectors, size)
-        except BaseException:
-            with self.lock:
-                self.dirty |= dirty
-                self.bitmaps.dirty |= pages
-                self.freed += freed
-            raise
-        finally:
-            self.bitmaps.pinned = set()
-        if freed:
-            self._release(freed)
-
-    def _table_sector(self, number: int) -> tuple[int, bytes]:
-        first = number * _SECTOR_ENTRIES
-        entries = self.table.entries(first, min(_SECTOR_ENTRIES, len(self.table) - first))
-        return self.regions.bat.offset + number * LOG_SECTOR, entries.ljust(LOG_SECTOR, b"\0")
-
-    def _release(self, freed: list[tuple[int, int]]) -> None:
-        """Give back storage that nothing points to any more, once nobody is on his way to it."""
-        self._inflight.drain()
-        self.table.drain()
-        for start, length in freed:
-            try:
-                self.file.trim(start * MIB, length * MIB)
-            except OSError:
-                pass  # the flush is good all the same, and whoever takes the space zeroes it
-        with self.lock:
-            self.get_space().give(freed)
-
-    def before_merge(self) -> None:
-        from devices.storage.vhdx.relink import follow
-
-        assert isinstance(self.parent, VhdxDisk)
-        follow(self, self.parent)
-
-    def resize(self, size: int) -> None:
-        from devices.storage.vhdx.resize import resize
-
-        if not self.journal.started:
-            self._begin()
-        with self.flush_lock:
-            resize(self, size)
-
-    def close(self) -> None:
-        try:
-            if self.journal.started and self.file.fd >= 0:
-                with self.flush_lock:
-                    self.write_back()
-                    self.journal.end()
-        finally:
-            self.file.close()
-            if self.parent is not None:
-                self.parent.close()
 
     def inspect(self) -> dict[str, Any]:
         return {

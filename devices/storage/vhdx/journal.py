@@ -26,7 +26,7 @@ class Journal:
         return self._log is not None
 
     def start(self, data_write: bytes) -> None:
-        """Before the first change of a session: name the file's new version and the disk's, and begin a log."""
+        """Before the first change of a session: name new versions, `data_write` that of the disk, and begin a log."""
         log = LogWriter(self._file, self._headers.current, new_guid())
         # A log that the header names must have an entry (MS-VHDX 2.3.2), so that comes first.
         log.append([], self._file.size())
@@ -53,6 +53,18 @@ class Journal:
             for offset, content in batch:
                 self._file.write_bytes(offset, content)
         self._stopped = False
+
+    def commit_bytes(self, changes: list[tuple[int, bytes]]) -> None:
+        """Bring pieces of data to their offsets in the file, all at once."""
+        sectors: dict[int, bytearray] = {}
+        for offset, data in changes:
+            for number in range(offset // LOG_SECTOR, (offset + len(data) - 1) // LOG_SECTOR + 1):
+                start = number * LOG_SECTOR
+                if start not in sectors:
+                    sectors[start] = bytearray(self._file.read_bytes(start, LOG_SECTOR))
+                first, last = max(start, offset), min(start + LOG_SECTOR, offset + len(data))
+                sectors[start][first - start : last - start] = data[first - offset : last - offset]
+        self.commit([(start, bytes(data)) for start, data in sectors.items()], self._file.size(), at_once=True)
 
     def restart(self, size: int) -> None:
         """Begin a new log, so that no old entry can touch what will have moved, nor ask for more than `size` bytes."""

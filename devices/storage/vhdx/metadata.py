@@ -165,6 +165,26 @@ def pack_metadata(metadata: Metadata) -> bytes:
     return bytes(table + items)
 
 
+def locator_changes(file: HostFile, region: Region, locator: dict[str, str]) -> list[tuple[int, bytes]]:
+    """What to write where in the file to give it another parent locator; raises Damage if there is no room for it."""
+    table = file.read_bytes(region.offset, METADATA_TABLE_SIZE)
+    data = pack_locator(locator)
+    _, count = METADATA_TABLE.unpack_from(table)
+    end = METADATA_TABLE_SIZE
+    for index in range(count):
+        at = METADATA_TABLE.size + index * METADATA_ENTRY.size
+        item, offset, length, flags = METADATA_ENTRY.unpack_from(table, at)
+        end = max(end, offset + length)
+        if item == ITEM_PARENT_LOCATOR:
+            entry, place, room, how = at, offset, length, flags
+    if len(data) > room:
+        place = -(-end // 8) * 8
+    if place + len(data) > region.length:
+        raise Damage("the metadata region has no room for a longer parent locator")
+    packed = METADATA_ENTRY.pack(ITEM_PARENT_LOCATOR, place, len(data), how)
+    return [(region.offset + entry, packed), (region.offset + place, data)]
+
+
 def parse_locator(data: bytes) -> dict[str, str]:
     """Keys and values of a parent locator; raises Damage. MS-VHDX 2.6.2.6."""
     if len(data) < LOCATOR.size:

@@ -19,7 +19,7 @@ from pyvmm.core._hot import BlockTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from devices.storage.vhdx.image import VhdxDisk
+    from devices.storage.vhdx.disk import VhdxDisk
 
 
 def resize(disk: VhdxDisk, size: int) -> None:
@@ -72,13 +72,10 @@ def _shrink(disk: VhdxDisk, old: Layout, new: Layout) -> None:
 
 
 def _commit_size(disk: VhdxDisk, size: int) -> None:
-    place = disk.size_offset
-    first = place - place % LOG_SECTOR
-    data = bytearray(disk.file.read_bytes(first, place + 8 - first + -(place + 8) % LOG_SECTOR))
-    data[place - first : place - first + 8] = size.to_bytes(8, "little")
-    sectors = [(first + at, bytes(data[at : at + LOG_SECTOR])) for at in range(0, len(data), LOG_SECTOR)]
-    disk.journal.commit(sectors, disk.file.size(), at_once=True)
+    disk.journal.commit_bytes([(disk.size_offset, size.to_bytes(8, "little"))])
     disk.size = disk.metadata.size = size
+    if disk.fast is not None:
+        disk.fast.size = size
 
 
 def _forget_entries(disk: VhdxDisk, smaller: Layout, larger: Layout) -> None:
@@ -127,7 +124,7 @@ def _extend_table(disk: VhdxDisk, layout: Layout) -> None:
         for first in range(0, count, MIB // 8):
             table.load(first, old.entries(first, min(MIB // 8, count - first)))
         disk.table = table
-    old.drain()
+        disk.serve_fast()
 
 
 def _move_table(disk: VhdxDisk, place: Region) -> None:

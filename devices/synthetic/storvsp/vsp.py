@@ -144,6 +144,7 @@ class StorVsp(Vsp):
         if size < disk.size:
             raise ValueError(f"a running VM's disk can only grow: it has {disk.size} bytes")
         disk.resize(size)
+        self._tell_engines(lun)  # what C reaches the disk with may be another now
         target.resized(size)
         self._announce()  # for an idle guest: it sends TEST UNIT READY, and hears of the new capacity
 
