@@ -68,22 +68,22 @@ def command_line(driver: str, tests: Sequence[Workload]) -> str:
 
 
 def pyvmm_command(elf: Path, console: Path, image: Path, driver: str, tests: Sequence[Workload]) -> list[str]:
-    """The command that runs the guest under pyvmm with a disk on VMBus."""
+    """The command that runs the guest under pyvmm, with its disk where the driver looks for it."""
+    disk = f"{image},bus=ide" if driver.startswith("ide") else str(image)
     cmdline = command_line(driver, tests)
     command = pyvmm(elf, console, cpus=1, memory="64M", cmdline=cmdline, enlightenments="full")
-    return [*command, "--disk", str(image), "--testdev", "--timeout", str(_TIMEOUT_S)]
+    return [*command, "--disk", disk, "--testdev", "--timeout", str(_TIMEOUT_S)]
 
 
 def qemu_command(elf: Path, console: Path, image: Path, driver: str, tests: Sequence[Workload]) -> list[str]:
-    """The command that runs the guest under QEMU."""
-    virtio = driver == "virtio-blk"
+    """The command that runs the guest under QEMU, with what makes its virtio-blk fastest."""
     cpu = "qemu64" if Path("/sys/module/kvm_pvm").exists() else "host"
     return [
         *("timeout", str(_TIMEOUT_S), "qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", cpu, "-m", "64"),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}", "-kernel", str(elf)),
         *("-append", command_line(driver, tests), "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-        *("-drive", f"if={'none' if virtio else 'ide'},id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
-        *(("-device", "virtio-blk-pci,drive=disk") if virtio else ()),
+        *("-drive", f"if=none,id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
+        *("-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=disk,iothread=io"),
     ]
 
 

@@ -120,7 +120,7 @@ def _row(figure: Figure) -> list[str]:
         "" if rates is None else f"{rates[0]:,.0f} : {rates[1]:,.0f}",
         "" if ratio is None else f"{ratio:.2f}" if met else f"[bold red]{ratio:.2f}[/]",
         "" if pairs is None else f"{pairs:.2f}",
-        "" if figure.limit is None else f"<= {figure.limit:g}",
+        "" if figure.limit is None else f"<= {figure.limit:.3g}",
     ]
 
 

@@ -1,9 +1,11 @@
-"""Disk I/O of the bare-metal guest of guests/bench: storvsp against QEMU's virtio-blk, in turn."""
+"""Disk I/O of the bare-metal guest of guests/bench: storvsp against QEMU's virtio-blk and our other disks, in turn."""
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
+import subprocess
+import sys
 from pathlib import Path
 
 from guests.bare.build import BuildError
@@ -13,48 +15,69 @@ from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
 _IMAGE_BYTES = 256 << 20
-#: Files there are in the page cache, and no disk of the host's writes them back meanwhile.
-_MEMORY = Path("/dev/shm")
+_RANDOM = Workload("randread", 4096, 32, 300)
+_ALONE = Workload("randread", 4096, 1, 150)
+_RANDOM_WRITE = Workload("randwrite", 4096, 32, 150)
+_LARGE = Workload("read", 128 << 10, 32, 150)
+_LARGE_WRITE = Workload("write", 128 << 10, 32, 150)
+_ALL = [_RANDOM, _ALONE, _RANDOM_WRITE, _LARGE, _LARGE_WRITE]
 
-#: What is measured, its title, and the ratio to QEMU that is aimed at.
-_TESTS = (
-    (Workload("randread", 4096, 32, 300), "random 4 KiB reads x 32", 1.0),
-    (Workload("randread", 4096, 1, 150), "random 4 KiB reads x 1", None),
-    (Workload("randwrite", 4096, 32, 150), "random 4 KiB writes x 32", None),
-    (Workload("read", 128 << 10, 32, 150), "128 KiB reads x 32", None),
-    (Workload("write", 128 << 10, 32, 150), "128 KiB writes x 32", None),
+_RAW, _VHDX, _QEMU, _PIO, _DMA = "storvsp", "VHDX", "QEMU", "IDE PIO", "IDE DMA"
+
+#: Title; our leg and what it does; the other leg and what that does; the ratio of times that is aimed at. An IDE disk
+#: has one request at a time.
+_FIGURES = (
+    ("random 4K reads x32", _RAW, _RANDOM, _QEMU, _RANDOM, 1.0),
+    ("random 4K reads x1", _RAW, _ALONE, _QEMU, _ALONE, None),
+    ("random 4K writes x32", _RAW, _RANDOM_WRITE, _QEMU, _RANDOM_WRITE, None),
+    ("128K reads x32", _RAW, _LARGE, _QEMU, _LARGE, None),
+    ("128K writes x32", _RAW, _LARGE_WRITE, _QEMU, _LARGE_WRITE, None),
+    ("random 4K reads x32", _RAW, _RANDOM, _PIO, _ALONE, 0.1),
+    ("random 4K reads x32", _RAW, _RANDOM, _DMA, _ALONE, 1 / 3),
+    ("VHDX: random 4K reads x32", _VHDX, _RANDOM, _RAW, _RANDOM, 1 / 0.9),
+    ("VHDX: random 4K writes x32", _VHDX, _RANDOM_WRITE, _RAW, _RANDOM_WRITE, None),
 )
+
+
+def _images(folder: Path) -> tuple[Path, Path]:
+    """A raw image and a dynamic VHDX of the same data, all of it in the page cache and on the host's disk."""
+    raw, vhdx = folder / "disk.img", folder / "disk.vhdx"
+    write_image(raw, _IMAGE_BYTES)
+    command = [sys.executable, "-m", "pyvmm", "disk", "convert", str(raw), str(vhdx)]
+    subprocess.run(command, check=True, capture_output=True)
+    os.sync()
+    return raw, vhdx
 
 
 def measure_all(folder: Path, rounds: int) -> list[Figure]:
     """Run all legs `rounds` times in turn. Raises BenchError."""
     if shutil.which("qemu-system-x86_64") is None:
         raise BenchError("qemu-system-x86_64 is missing: make setup")
-    tests = [test for test, _, _ in _TESTS]
     console = folder / "storage.com1"
     taken: dict[tuple[str, str], list[float]] = {}
     try:
         elf = build()
-        with tempfile.TemporaryDirectory(prefix="pyvmm-bench-", dir=_MEMORY if _MEMORY.is_dir() else None) as memory:
-            raw = Path(memory) / "disk.img"
-            write_image(raw, _IMAGE_BYTES)
-            legs = {
-                "storvsp": pyvmm_command(elf, console, raw, "storvsc", tests),
-                "QEMU": qemu_command(elf, console, raw, "virtio-blk", tests),
-            }
-            for number in range(rounds + 1):
-                for leg, command in legs.items():
-                    console.unlink(missing_ok=True)
-                    for name, found in measure(command, console).items():
-                        if number:  # the first one warms up
-                            taken.setdefault((leg, name), []).append(found.each)
-    except (BuildError, MeasureError, OSError) as error:
+        raw, vhdx = _images(folder)
+        legs = {
+            _RAW: pyvmm_command(elf, console, raw, "storvsc", _ALL),
+            _QEMU: qemu_command(elf, console, raw, "virtio-blk", _ALL),
+            _VHDX: pyvmm_command(elf, console, vhdx, "storvsc", [_RANDOM, _RANDOM_WRITE]),
+            _PIO: pyvmm_command(elf, console, raw, "ide-pio", [_ALONE]),
+            _DMA: pyvmm_command(elf, console, raw, "ide-dma", [_ALONE]),
+        }
+        for number in range(rounds + 1):
+            for leg, command in legs.items():
+                console.unlink(missing_ok=True)
+                for name, found in measure(command, console).items():
+                    if number:  # the first one warms up
+                        taken.setdefault((leg, name), []).append(found.each)
+    except (BuildError, MeasureError, OSError, subprocess.CalledProcessError) as error:
         raise BenchError(str(error)) from error
 
-    def samples(leg: str, test: Workload) -> Samples:
-        return Samples(leg, tuple(taken[leg, test.name]))
+    def samples(leg: str, workload: Workload) -> Samples:
+        return Samples(leg, tuple(taken[leg, workload.name]))
 
     return [
-        Figure(f"storvsp: {title}", "us", samples("storvsp", test), samples("QEMU", test), limit)
-        for test, title, limit in _TESTS
+        Figure(title, "us", samples(ours, workload), samples(rival, other), limit)
+        for title, ours, workload, rival, other, limit in _FIGURES
     ]

@@ -53,7 +53,6 @@ def test_every_block_is_read_from_where_it_is(command: Callable[..., list[str]],
     for measured in found.values():
         assert measured.microseconds >= _MS * 1000
         assert 0 < measured.kicks <= measured.requests
-    assert found["randread_4096_1"].kicks == found["randread_4096_1"].requests, "nobody else wakes an idle host"
 
 
 def test_writes_fill_the_disk_with_its_blocks_numbers(command: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -72,7 +71,7 @@ def test_ide_disks_are_read_and_written_one_request_at_a_time(guest: Path, tmp_p
     image, tests = tmp_path / "disk.img", _IDE_TESTS[driver]
     write_image(image, _SIZE)
     before = image.read_bytes()
-    found = measure(qemu_command(guest, tmp_path / "com1", image, driver, tests), tmp_path / "com1")
+    found = measure(pyvmm_command(guest, tmp_path / "com1", image, driver, tests), tmp_path / "com1")
     assert all(measured.kicks == measured.requests for measured in found.values())
     assert len(found) == len(tests)
     assert image.read_bytes() == before

@@ -56,18 +56,24 @@ def test_the_guest_uses_no_instruction_that_kvms_emulator_lacks(tmp_path: Path) 
 
 
 def test_figures_are_of_all_rounds_but_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[list[str]] = []
+    legs: list[str] = []
+    requests = {"storvsc": 100, "virtio-blk": 200, "ide-pio": 2, "ide-dma": 5}
 
     def measure(command: list[str], console: Path) -> dict[str, Measured]:
-        runs.append(command)
-        qemu = any("qemu" in word for word in command)
-        requests = 1 if len(runs) <= 2 else 200 if qemu else 100
-        return {test.name: Measured(requests, 1000, 1) for test, _, _ in storage._TESTS}
+        driver = next(word for word in requests if any(f"disk={word} " in argument for argument in command))
+        legs.append(driver)
+        count = requests[driver] if len(legs) > 5 else 1
+        return {workload.name: Measured(count, 1000, 1) for workload in storage._ALL}
 
     monkeypatch.setattr(storage, "measure", measure)
-    monkeypatch.setattr(storage, "_IMAGE_BYTES", BLOCK)
+    monkeypatch.setattr(storage, "_IMAGE_BYTES", 1 << 20)
     figures = storage.measure_all(tmp_path, 3)
-    assert len(runs) == 2 * 4
+    assert legs == ["storvsc", "virtio-blk", "storvsc", "ide-pio", "ide-dma"] * 4
     assert figures[0].ours.values == (10.0,) * 3
-    assert figures[0].ratio == 2
-    assert figures[0].limit == 1
+    targets = [(figure.rival.name, figure.ratio, figure.limit) for figure in figures if figure.rival and figure.limit]
+    assert targets == [
+        ("QEMU", 2, 1.0),
+        ("IDE PIO", pytest.approx(0.02), 0.1),
+        ("IDE DMA", pytest.approx(0.05), 1 / 3),
+        ("storvsp", 1, 1 / 0.9),
+    ]
