@@ -2,7 +2,9 @@
 
 #include "storage.h"
 
+#include <linux/magic.h>
 #include <structmember.h>
+#include <sys/vfs.h>
 
 unsigned hot_disk_find(const FastDiskObject *disk, bool write, uint64_t offset, uint32_t length,
 		       struct disk_part parts[DISK_PARTS])
@@ -63,6 +65,8 @@ static PyObject *disk_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	self->chunk_ratio = chunk_ratio;
 	self->sector_size = sector_size;
 	self->zero_when_absent = zero_when_absent;
+	struct statfs where;
+	self->in_memory = fstatfs(fd, &where) == 0 && where.f_type == TMPFS_MAGIC;
 	self->writable = writable;
 	self->fd = fd;
 	self->size = size;

@@ -18,6 +18,7 @@ typedef struct {
 	uint32_t chunk_ratio;
 	uint32_t sector_size;
 	bool zero_when_absent;
+	bool in_memory; // the file is on tmpfs: nothing waits, but the kernel doesn't say so
 	_Atomic bool writable;
 	_Atomic bool writes_wait; // the file system cannot say whether a write would wait
 	_Atomic int fd;           // -1 once closed

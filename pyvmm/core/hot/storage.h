@@ -91,7 +91,7 @@ typedef struct StorageQueueObject {
 	unsigned free_count, done_count, failed_count;
 	unsigned in_flight; // requests of which the kernel has a part
 	bool masked;        // the guest need not signal
-	uint64_t idle_since, poll_ns;
+	uint64_t idle_since, watch_ns;
 	_Atomic uint64_t packets_in, packets_out, signals;
 } StorageQueueObject;
 

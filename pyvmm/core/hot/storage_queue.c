@@ -16,9 +16,11 @@ enum {
 	BATCH = 16,
 	// Batches before the worker looks after other things.
 	ROUNDS = 32,
-	// How long an empty ring is watched, if the guest has come back that fast before. See `watch`.
-	POLL_MIN_NS = 10 * 1000,
-	POLL_MAX_NS = 100 * 1000,
+	// Bytes to move before the guest gets to know.
+	BATCH_BYTES = 64 << 10,
+	// How long an empty ring is watched; KVM's own halt_poll_ns has the same bound. See `note_work`.
+	WATCH_MIN_NS = 20 * 1000,
+	WATCH_MAX_NS = 200 * 1000,
 };
 
 static uint64_t clock_ns(void)
@@ -140,7 +142,7 @@ static bool move_at_once(StorageQueueObject *queue, struct storage_request *requ
 	const struct iovec *pieces = &request->pieces[part->first];
 	bool write = request->kind == STORAGE_WRITE;
 	int fd = atomic_load(&disk->fd);
-	bool may_wait = queue->uring.fd < 0 || (write && atomic_load(&disk->writes_wait));
+	bool may_wait = queue->uring.fd < 0 || disk->in_memory || (write && atomic_load(&disk->writes_wait));
 	ssize_t done;
 	for (;;) {
 		int flags = may_wait ? 0 : RWF_NOWAIT;
@@ -344,36 +346,37 @@ static bool ring_has_more(const StorageQueueObject *queue)
 	return atomic_load_explicit(&queue->incoming->control->in, memory_order_acquire) != queue->incoming->out;
 }
 
-// Watches the empty ring for a while, because a guest that is told to go on by a look costs less than one that has to
-// signal. As KVM polls in HLT (virt/kvm/kvm_main.c, halt_poll_ns): the while grows as long as guests come back within
-// the longest one, and is nothing otherwise. Returns whether there is something to do.
+// Watches the empty ring for a while before the worker sleeps: a guest whose packets are seen in time saves the exit for
+// its signal, and the worker the way out of its sleep. Returns whether there is something to do.
 static bool watch(StorageQueueObject *queue)
 {
-	uint64_t start = clock_ns();
+	uint64_t now = clock_ns();
 	if (!queue->idle_since)
-		queue->idle_since = start;
-	while (queue->poll_ns && clock_ns() - start < queue->poll_ns) {
-		if (ring_has_more(queue) || atomic_load(&queue->visitors))
+		queue->idle_since = now;
+	for (; now - queue->idle_since < queue->watch_ns; now = clock_ns()) {
+		reap(queue);
+		if (ring_has_more(queue) || queue->done_count || queue->failed_count || atomic_load(&queue->visitors))
 			return true;
-		if (queue->in_flight) {
-			reap(queue);
-			if (queue->done_count || queue->failed_count)
-				return true;
-		}
 		__builtin_ia32_pause();
 	}
 	return false;
 }
 
+// There are packets. The while grows as long as they come before the longest one is over, and is nothing otherwise, as
+// with KVM's polling in HLT (Documentation/virt/kvm/halt-polling.rst).
 static void note_work(StorageQueueObject *queue)
 {
 	if (!queue->masked)
 		ring_set_mask(queue->incoming, queue->masked = true);
 	if (!queue->idle_since)
 		return;
-	bool soon = clock_ns() - queue->idle_since < POLL_MAX_NS;
-	uint64_t longer = queue->poll_ns ? 2 * queue->poll_ns : POLL_MIN_NS;
-	queue->poll_ns = !soon ? 0 : longer < POLL_MAX_NS ? longer : POLL_MAX_NS;
+	uint64_t idle = clock_ns() - queue->idle_since;
+	if (idle > WATCH_MAX_NS)
+		queue->watch_ns = 0;
+	else if (idle > queue->watch_ns)
+		queue->watch_ns = !queue->watch_ns		       ? WATCH_MIN_NS
+				  : queue->watch_ns < WATCH_MAX_NS / 2 ? 2 * queue->watch_ns
+								       : WATCH_MAX_NS;
 	queue->idle_since = 0;
 }
 
@@ -392,8 +395,12 @@ void storage_serve(StorageQueueObject *queue, struct storage_outcome *outcome)
 			signal_guest(queue, outcome);
 		if (count || taken != TAKEN_ALL)
 			note_work(queue);
-		for (unsigned i = 0; i < count; i++)
+		for (unsigned i = 0, moved = 0; i < count; i++) {
 			begin(queue, &queue->slots[batch[i]]);
+			moved += queue->slots[batch[i]].length;
+			if (moved >= BATCH_BYTES && complete(queue, outcome))
+				moved = 0;
+		}
 		submit(queue);
 		if (taken == TAKEN_SLOW) {
 			outcome->slow = 1;
