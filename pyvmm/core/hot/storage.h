@@ -92,6 +92,7 @@ typedef struct StorageQueueObject {
 	unsigned in_flight; // requests of which the kernel has a part
 	bool masked;        // the guest need not signal
 	uint64_t idle_since, watch_ns;
+	unsigned vain; // times that the ring was watched, or not, since it last paid
 	_Atomic uint64_t packets_in, packets_out, signals;
 } StorageQueueObject;
 

@@ -21,6 +21,9 @@ enum {
 	// How long an empty ring is watched; KVM's own halt_poll_ns has the same bound. See `note_work`.
 	WATCH_MIN_NS = 20 * 1000,
 	WATCH_MAX_NS = 200 * 1000,
+	// After so many times in vain the ring is not watched for the next times: the guest may want this very CPU.
+	WATCH_TRIES = 8,
+	WATCH_RESTS = 256,
 };
 
 static uint64_t clock_ns(void)
@@ -353,12 +356,23 @@ static bool watch(StorageQueueObject *queue)
 	uint64_t now = clock_ns();
 	if (!queue->idle_since)
 		queue->idle_since = now;
+	if (!queue->watch_ns)
+		return false;
+	if (queue->vain >= WATCH_TRIES) {
+		queue->vain = queue->vain < WATCH_TRIES + WATCH_RESTS ? queue->vain + 1 : 0;
+		return false;
+	}
 	for (; now - queue->idle_since < queue->watch_ns; now = clock_ns()) {
 		reap(queue);
-		if (ring_has_more(queue) || queue->done_count || queue->failed_count || atomic_load(&queue->visitors))
+		if (ring_has_more(queue)) {
+			queue->vain = 0;
+			return true;
+		}
+		if (queue->done_count || queue->failed_count || atomic_load(&queue->visitors))
 			return true;
 		__builtin_ia32_pause();
 	}
+	queue->vain++;
 	return false;
 }
 
