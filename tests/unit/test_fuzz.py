@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import native, partition
+from tests.fuzz import native, partition, vhdx
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,10 @@ def test_a_seed_repeats_a_run(harness: Path) -> None:
 
 def test_any_order_of_accesses_leaves_a_partition_consistent() -> None:
     assert "seeds 1 to 1" in partition.run(1, 0, examples=60)
+
+
+def test_any_vhdx_image_is_refused_or_of_use() -> None:
+    assert "images" in vhdx.run(1, 3)
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["--seconds", "long"]])

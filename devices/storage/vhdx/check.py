@@ -72,16 +72,18 @@ def _check_headers(file: HostFile, repair: bool, findings: list[Finding]) -> boo
         if fault is not None:
             findings.append(Finding("warning", f"{fault}; the other one is good", repaired=repair))
     if is_dirty(headers.current):
-        _check_log(file, headers, repair, findings)
+        if not _check_log(file, headers, repair, findings):
+            return False
     if repair and any(headers.damage):
         headers.update(file_write=new_guid())
     return True
 
 
-def _check_log(file: HostFile, headers: Headers, repair: bool, findings: list[Finding]) -> None:
+def _check_log(file: HostFile, headers: Headers, repair: bool, findings: list[Finding]) -> bool:
+    """Whether the rest can be looked at."""
     header = headers.current
     if header.log_offset + header.log_length > file.size():
-        return  # which opening the image tells
+        return True  # and opening the image tells
     try:
         count = len(active_sequence(file, header))
     except Damage as damage:
@@ -89,10 +91,11 @@ def _check_log(file: HostFile, headers: Headers, repair: bool, findings: list[Fi
         if repair:
             headers.update(file_write=new_guid(), log_guid=NO_GUID)
         findings.append(Finding("error", str(damage), repaired=repair))
-        return
+        return repair
     plural = "entry" if count == 1 else "entries"
     what = f"not closed properly: {count} {plural} of the log to be replayed, as opening it for writing does"
     findings.append(Finding("warning", what, repaired=repair))
+    return True
 
 
 def _check_regions(disk: VhdxDisk, repair: bool, findings: list[Finding]) -> None:

@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from devices.storage.file import HostFile
 
+_MAX_SEQUENCE = (1 << 64) - (1 << 32)
 _REGION_NAMES = {REGION_BAT: "BAT", REGION_METADATA: "metadata"}
 
 
@@ -58,6 +59,8 @@ class Header:
             raise Damage("wrong header checksum")
         if version != 1 or (log_version and log_guid != NO_GUID):
             raise Damage(f"version {version} of the format, or {log_version} of its log, is not known")
+        if sequence > _MAX_SEQUENCE:
+            raise Damage(f"sequence number {sequence} leaves none for later headers")
         if log_offset % MIB or log_length % MIB or log_offset < MIB or not log_length:
             raise Damage(f"a log of {log_length} bytes cannot be at {log_offset:#x}")
         if log_offset > MAX_FILE:
