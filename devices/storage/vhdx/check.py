@@ -71,9 +71,8 @@ def _check_headers(file: HostFile, repair: bool, findings: list[Finding]) -> boo
     for fault in headers.damage:
         if fault is not None:
             findings.append(Finding("warning", f"{fault}; the other one is good", repaired=repair))
-    if is_dirty(headers.current):
-        if not _check_log(file, headers, repair, findings):
-            return False
+    if is_dirty(headers.current) and not _check_log(file, headers, repair, findings):
+        return False
     if repair and any(headers.damage):
         headers.update(file_write=new_guid())
     return True
@@ -111,7 +110,7 @@ def _check_regions(disk: VhdxDisk, repair: bool, findings: list[Finding]) -> Non
 
 def _check_room(disk: VhdxDisk, repair: bool, findings: list[Finding]) -> None:
     """Room in the file that neither the disk nor a structure uses."""
-    space = Space(disk.file, disk.structures() + used_by(disk.table, disk.layout))
+    space = Space(disk.file, disk.structures() + used_by(disk.table, disk.layout, disk.loaded))
     lost = 0
     for start, length in space.free:
         for _, size, stored in disk.file.extents(start * MIB, length * MIB):

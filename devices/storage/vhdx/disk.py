@@ -143,8 +143,9 @@ class VhdxDisk(VhdxImage):
         self.dirty.add(index // _SECTOR_ENTRIES)
 
     def get_space(self) -> Space:
+        """What is free in the file; to be called, with the lock held, before the first entry of the table changes."""
         if self._space is None:
-            self._space = Space(self.file, self.structures() + used_by(self.table, self.layout))
+            self._space = Space(self.file, self.structures() + used_by(self.table, self.layout, self.loaded))
         return self._space
 
     def trim(self, offset: int, length: int) -> None:

@@ -110,8 +110,11 @@ class VhdxImage(Layer):
             raise Damage(f"the BAT region at {bat.offset:#x} with {bat.length} bytes is too small for the disk")
         # Room for growing is cheap, and saves C from changing tables.
         table = BlockTable(min(bat.length // 8, max(self.layout.entries, _MIN_ENTRIES)))
+        #: First entry and number of entries of each part of the table that the file stores; zeros are in the others.
+        self.loaded: list[tuple[int, int]] = []
         for offset, size, stored in self.file.extents(bat.offset, length):
-            # Sectors of the host's file system, so multiples of an entry.
+            if stored:  # in sectors of the host's file system, so in multiples of an entry
+                self.loaded.append(((offset - bat.offset) // 8, size // 8))
             for at in range(offset, offset + size if stored else offset, MIB):
                 table.load((at - bat.offset) // 8, self.file.read_bytes(at, min(MIB, offset + size - at)))
         return table

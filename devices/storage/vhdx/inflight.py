@@ -12,19 +12,20 @@ class InFlight:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._generation = 0
         self._counts = [0, 0]  # I/O that began in even and in odd generations
 
     def enter(self) -> int:
         """Begin; returns what `leave` wants."""
-        with self._changed:
+        with self._lock:
             turn = self._generation & 1
             self._counts[turn] += 1
             return turn
 
     def leave(self, turn: int) -> None:
-        with self._changed:
+        with self._lock:
             self._counts[turn] -= 1
             if not self._counts[turn]:
                 self._changed.notify_all()

@@ -68,16 +68,20 @@ class Space:
         return self.end * MIB
 
 
-def used_by(table: BlockTable, layout: Layout) -> list[tuple[int, int]]:
-    """Offset and length of everything that the table points to, in MiB."""
+def used_by(table: BlockTable, layout: Layout, loaded: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offset and length of everything that the table points to, in MiB.
+
+    `loaded` has first entry and number of entries of what of the table may be in use.
+    """
     block = layout.block_size // MIB
     stride = layout.chunk_blocks + 1
     used = []
-    for first in range(0, len(table), _PIECE):
-        data = table.entries(first, min(_PIECE, len(table) - first))
-        if not data.strip(b"\0"):
-            continue
-        for index, entry in enumerate(array("Q", data), first):
-            if entry & STATE_MASK >= PRESENT:
-                used.append((entry >> 20, 1 if index % stride == layout.chunk_blocks else block))
+    for start, count in loaded:
+        for first in range(start, start + count, _PIECE):
+            data = table.entries(first, min(_PIECE, start + count - first))
+            if not data.strip(b"\0"):
+                continue
+            for index, entry in enumerate(array("Q", data), first):
+                if entry & STATE_MASK >= PRESENT:
+                    used.append((entry >> 20, 1 if index % stride == layout.chunk_blocks else block))
     return used
