@@ -226,8 +226,14 @@ def _shown(key: str, value: Any) -> str:
     if value is True:
         return "yes"
     if isinstance(value, int) and "size" in key:
-        return f"{value} ({format_size(value)})" if format_size(value) != str(value) else str(value)
+        return f"{value} ({_rounded(value)})" if value >= 1024 else str(value)
     return str(value)
+
+
+def _rounded(size: int) -> str:
+    """A size as people read it; no other program does."""
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _difference(first: Disk, other: Disk, found: Difference) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
 from pyvmm.machine.machine import MachineError
-from tests.bench import convert, exits, idle, startup, storage
+from tests.bench import disk, exits, idle, startup, storage
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
@@ -32,7 +32,8 @@ _BENCHMARKS: dict[str, tuple[Callable[[Path, int], list[Figure]], int]] = {
     "page": (exits.page, 1),
     "hypercall": (exits.hypercall, 9),
     "storage": (storage.measure_all, 7),
-    "convert": (convert.measure, 5),
+    "convert": (disk.convert, 5),
+    "open": (disk.open_large, 9),
     "idle": (idle.measure, 3),
 }
 #: Takes minutes.
