@@ -118,7 +118,7 @@ def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], rea
         refusal = refusal or f"{path} is not the parent that it was made from: {why}; find the right one"
     if refusal is None:
         where = ", ".join(link.paths) or "no path that a host could have"
-        refusal = f"its parent {printable(link.name)} is missing, looked for at {where}; put it there"
+        refusal = f"its parent {printable(link.name)} is missing, looked for at {where}; put it there, or a link to it"
     raise DiskError(f"{child.path}: {refusal}")
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EXIT_NO = 1
 EXIT_REPAIRED = 3
 
+#: What `info` shows before all else.
+_FIRST = ("path", "in_use", "problem", "format", "kind", "size", "size_on_disk", "block_size", "parent")
 #: Ranges that are shown to people; -o json has more.
 _SHOWN = 20
 
@@ -57,7 +59,7 @@ def check(args: argparse.Namespace) -> int:
     errors = [item for item in findings if item.severity == "error"]
     remain = [item for item in errors if not item.repaired]
     if remain and not args.repair:
-        lines.append(f"{args.path}: --repair puts right what it can without loss; keep a copy of the image")
+        lines.append(f"{args.path}: --repair may put some of this right; keep a copy of the image first")
     plain = [{"severity": item.severity, "message": item.message, "repaired": item.repaired} for item in findings]
     _report(args, {"path": args.path, "findings": plain}, "\n".join(lines or [f"{args.path}: no errors"]))
     if remain:
@@ -210,24 +212,32 @@ def _layer_lines(layer: dict[str, Any]) -> Iterator[str]:
     node: dict[str, Any] | None = layer
     while node is not None:
         width = max(map(len, node))
-        for key, value in node.items():
-            if key == "parent":
-                value = value["path"] if value else None
-            if value is not None and value is not False:
-                yield f"{key.replace('_', ' '):{width}}  {_shown(key, value)}"
+        for key in sorted(node, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST)):
+            value = node[key]
+            if key == "parent" and value:
+                value = value["path"]
+            if value is None or value is False:
+                continue
+            for line in _value_lines(key, value):
+                yield f"{key.replace('_', ' '):{width}}  {line}"
+                key = ""
         node = node.get("parent")
         if node is not None:
             yield ""
 
 
-def _shown(key: str, value: Any) -> str:
+def _value_lines(key: str, value: Any) -> list[str]:
+    if key == "geometry":
+        return [f"{value['cylinders']} cylinders, {value['heads']} heads, {value['sectors']} sectors"]
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(name, item)}" for name, item in value.items())
+        return [f"{name} {_value_lines(name, item)[0]}" for name, item in value.items()]
     if value is True:
-        return "yes"
+        return ["yes"]
     if isinstance(value, int) and "size" in key:
-        return f"{value} ({_rounded(value)})" if value >= 1024 else str(value)
-    return str(value)
+        return [f"{value} ({_rounded(value)})" if value >= 1024 else str(value)]
+    text = str(value)
+    # Images may hold any text, and a terminal obeys some of that.
+    return [text if text.isprintable() else ascii(text)]
 
 
 def _rounded(size: int) -> str:

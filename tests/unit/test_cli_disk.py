@@ -55,7 +55,7 @@ def test_a_raw_image_is_made_sparse_and_shown(capsys: pytest.CaptureFixture[str]
     assert found["geometry"] == {"cylinders": 32896, "heads": 16, "sectors": 255}
     assert disk("info", "a.img") == 0
     shown = capsys.readouterr().out
-    assert "68719476736 (64 GiB)" in shown and "heads 16" in shown
+    assert "68719476736 (64 GiB)" in shown and "16 heads" in shown
 
 
 def test_a_fixed_raw_image_takes_its_room_at_once(capsys: pytest.CaptureFixture[str]) -> None:

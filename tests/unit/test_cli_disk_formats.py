@@ -145,6 +145,28 @@ def test_a_chain_is_shown_whole(form: str, capsys: pytest.CaptureFixture[str]) -
     assert all(name in shown for name in names) and "problem" not in shown
 
 
+def test_what_an_image_says_of_itself_reaches_no_terminal_unescaped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert disk("create", "a.vhdx", "1M") == 0
+    with open("a.vhdx", "r+b") as file:
+        file.seek(8)
+        file.write("me\x1b[31m\n".encode("utf-16-le") + bytes(2))
+    assert tree(capsys, "info", "a.vhdx")["creator"] == "me\x1b[31m\n"
+    assert disk("info", "a.vhdx") == 0
+    shown = capsys.readouterr().out
+    assert "'me\\x1b[31m\\n'" in shown and "\x1b" not in shown
+
+
+def test_a_log_that_has_to_be_replayed_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert disk("create", "a.vhdx", "1M") == 0
+    assert tree(capsys, "info", "a.vhdx")["log"] == "empty"
+    vm = open_image("a.vhdx")
+    vm.write(0, [memoryview(b"x" * 4096)])
+    vm.flush()
+    assert tree(capsys, "info", "a.vhdx")["log"] == "replayed"
+    vm.close()
+    assert tree(capsys, "info", "a.vhdx")["log"] == "empty"
+
+
 @differencing
 def test_an_image_has_a_block_size_as_asked(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert disk("create", f"a.{form}", "--block-size", "1M", "64M") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from devices.storage.vhdx.format import (
+    CREATOR_SIZE,
     FILE_SIGNATURE,
     HEADER,
     HEADER_OFFSETS,
@@ -214,3 +215,9 @@ def check_identifier(file: HostFile) -> None:
         raise Damage(f"{file.size()} bytes are too few; the file was cut short, or is no VHDX image")
     if file.read_bytes(0, len(FILE_SIGNATURE)) != FILE_SIGNATURE:
         raise Damage("no file identifier at 0x0; is it a VHDX image?")
+
+
+def read_creator(file: HostFile) -> str:
+    """What the file says of the program that made it, whatever that may be. MS-VHDX 2.2.1."""
+    raw = file.read_bytes(len(FILE_SIGNATURE), CREATOR_SIZE)
+    return raw.decode("utf-16-le", "replace").split("\0")[0]

@@ -20,7 +20,7 @@ from devices.storage.vhdx.format import (
     guid_text,
     new_guid,
 )
-from devices.storage.vhdx.header import Headers, Regions, check_identifier
+from devices.storage.vhdx.header import Headers, Regions, check_identifier, read_creator
 from devices.storage.vhdx.inflight import InFlight
 from devices.storage.vhdx.log import is_dirty, replay
 from devices.storage.vhdx.metadata import linkages, read_metadata
@@ -84,13 +84,15 @@ class VhdxImage(Layer):
         check_identifier(self.file)
         self.headers = Headers(self.file)
         header = self.headers.current
+        self._creator = read_creator(self.file)
+        self._was_dirty = is_dirty(header)
         if header.log_offset + header.log_length > self.file.size():
             raise Damage(
                 f"the log at {header.log_offset:#x} with {header.log_length} bytes is beyond the end of the file"
             )
-        if is_dirty(header) and self.readonly:
+        if self._was_dirty and self.readonly:
             self.file = ReplayedFile(self.file, header)
-        elif is_dirty(header):
+        elif self._was_dirty:
             replay(self.file, header)
             self.headers.update(file_write=new_guid(), log_guid=NO_GUID)
         self.regions = Regions(self.file, header.log_offset, header.log_length)
@@ -286,6 +288,8 @@ class VhdxImage(Layer):
         return {
             **super().inspect(),
             "kind": self.kind,
+            "creator": self._creator,
+            "log": "replayed" if self._was_dirty else "empty",
             "block_size": self.metadata.block_size,
             "disk_id": guid_text(self.metadata.disk_id),
             "data_write_id": guid_text(self.data_write),
