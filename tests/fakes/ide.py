@@ -40,9 +40,9 @@ class ManualWorker:
     def call_soon(self, action: Callable[[], None]) -> None:
         self.calls.append(action)
 
-    def run(self, action: Callable[[], Any]) -> None:
+    def run(self, action: Callable[[], Any]) -> Any:
         self.work()
-        action()
+        return action()
 
     def work(self) -> None:
         while self.calls:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.storage.cdb import Op
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.ide import BSY, DRQ, ERR, MIB, READY, TABLE, IdeGuest
+from tests.unit.test_ide_cd import disc
 
 ACTIVE, ERROR, INTERRUPT = 1, 2, 4
 UNC, IDNF, ABRT = 0x40, 0x10, 0x04
@@ -208,13 +210,14 @@ ACCESS = st.one_of(
     st.tuples(st.just("r"), st.sampled_from(PORTS), st.sampled_from([1, 2, 4]), st.just(0)),
     st.tuples(st.just("i"), st.sampled_from([0x1F0, 0x170, 0x1F7]), st.sampled_from([1, 2, 4]), st.integers(1, 600)),
     st.tuples(st.just("o"), st.sampled_from([0x1F0, 0x170, 0x1F2]), st.sampled_from([1, 2, 4]), st.integers(1, 600)),
+    st.tuples(st.just("packet"), st.sampled_from(sorted(Op)), st.integers(0, 60), st.integers(0, 1)),
     st.tuples(st.just("work"), st.just(0), st.just(0), st.just(0)),
     st.tuples(st.just("save"), st.just(0), st.just(0), st.just(0)),
 )
 
 
 def drives() -> dict[tuple[int, int], MemoryDisk]:
-    return {(0, 0): MemoryDisk(MIB, name="a"), (0, 1): MemoryDisk(64 << 10, name="b")}
+    return {(0, 0): MemoryDisk(MIB, name="a"), (0, 1): MemoryDisk(64 << 10, name="b"), (1, 0): disc(40)}
 
 
 @settings(max_examples=int(os.environ.get("IDE_EXAMPLES", "150")), deadline=None)
@@ -233,6 +236,11 @@ def test_any_accesses_leave_a_controller_that_a_reset_brings_back(
             assert len(guest.pio.read_string(port, size, value)) == size * value
         elif kind == "o":
             guest.pio.write_string(port, size, b"\x5a" * (size * value))
+        elif kind == "packet":
+            guest.pio.write(0x176, 1, 0xA0)
+            guest.pio.write(0x171, 1, value)
+            guest.pio.write(0x177, 1, 0xA0)
+            guest.pio.write_string(0x170, 2, bytes((port, 0, 0, 0, 0, size, 0, 0, 2, 0, 0, 0)))
         elif kind == "work":
             guest.work()
         else:

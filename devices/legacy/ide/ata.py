@@ -11,9 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from devices.legacy.ide.disk import HardDisk
-
-    Drive = HardDisk
+    from devices.storage.backend import Disk
 
 SECTOR = 512
 
@@ -36,6 +34,11 @@ ERROR, STATUS = FEATURES, COMMAND
 
 #: What the count register of a packet command tells: the host gives a command packet; data goes to the host.
 COMMAND_PHASE, INPUT = 0x01, 0x02
+
+#: Bytes of a command packet.
+PACKET_SIZE = 12
+#: Transfer modes of SET FEATURES: PIO 0-4 with and without IORDY, multiword DMA 0-2, Ultra DMA 0-2.
+MODES = frozenset((0x00, 0x01, *range(0x08, 0x0D), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42))
 
 # Directions of a transfer, as the host sees them.
 NONE, IN, OUT = 0, 1, 2
@@ -128,6 +131,62 @@ class TaskFile:
         self.device = saved_int(state, "device", 0, 0xFF)
         self.status, self.error = saved_int(state, "status", 0, 0xFF), saved_int(state, "error", 0, 0xFF)
         self.current, self.previous = list(current), list(previous)
+
+
+class Drive:
+    """One device of a channel: what its commands mean, with no I/O. `slave` says that it is device 1."""
+
+    #: Whether DEVICE RESET works, as it does for packet devices.
+    takes_reset = False
+
+    def __init__(self, slave: bool, serial: str) -> None:
+        self.slave = slave
+        #: At most 20 characters.
+        self.serial = serial
+        self.registers = TaskFile()
+        #: The transfer mode that was set last, one of `MODES`.
+        self.mode = 0
+
+    @property
+    def medium(self) -> Disk | None:
+        """What jobs work on."""
+        raise NotImplementedError
+
+    def power_on(self) -> None:
+        """All settings as they come from the factory."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """A software reset, or a diagnostic: the device's signature stands in the registers, settings stay."""
+        raise NotImplementedError
+
+    def execute(self, code: int) -> Transfer | None:
+        """Begin a command; None if it is over already. Raises CommandError if it is refused."""
+        raise NotImplementedError
+
+    def packet(self, cdb: bytes) -> Transfer | None:
+        """Begin the command of a packet, as `execute` does."""
+        raise CommandError(ABRT)
+
+    def trim_ranges(self, data: bytes) -> list[tuple[int, int]]:
+        """The ranges of a TRIM as (offset, length) in bytes. Raises CommandError if one can't be."""
+        raise CommandError(ABRT)
+
+    def medium_error(self, job: Job) -> int:
+        """The error register if the medium can't be reached."""
+        raise NotImplementedError
+
+    def save(self) -> dict[str, Any]:
+        """Return the settings, as plain data with a ``version``."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `save` returned; raises ValueError if it doesn't fit."""
+        raise NotImplementedError
+
+    def inspect(self) -> dict[str, Any]:
+        """Return what the device is, and its settings."""
+        raise NotImplementedError
 
 
 class Transfer:

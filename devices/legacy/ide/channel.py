@@ -33,7 +33,6 @@ from devices.legacy.ide.ata import (
     Job,
     Transfer,
 )
-from devices.legacy.ide.disk import HardDisk
 from devices.saved import check_version, saved_bool, saved_int
 
 TYPE_CHECKING = False
@@ -41,12 +40,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    Drive = HardDisk
+    from devices.legacy.ide.ata import Drive
 
 #: The most that is read ahead or gathered for PIO.
 CHUNK = 128 << 10
 
-_EXECUTE_DIAGNOSTIC = 0x90
+_EXECUTE_DIAGNOSTIC, _DEVICE_RESET = 0x90, 0x08
 
 # Bus master command and status.
 _START, _TO_MEMORY = 0x01, 0x08
@@ -192,6 +191,11 @@ class Channel:
         drive = self.drives[device]
         if drive is None:
             return
+        if code == _DEVICE_RESET and drive.takes_reset:
+            if self._active == device:
+                self._abandon()
+            drive.reset()
+            return
         if self._transfer is not None:
             return  # one command at a time; a reset is the way out
         self._interrupt(device, False)
@@ -256,8 +260,8 @@ class Channel:
     def finish(self, job: Job, more: bool = False, error: Exception | None = None) -> None:
         """A job is done.
 
-        `more` says that there were more regions than data; `error` is a CommandError, a DmaFailure, or what went wrong in
-        reaching the medium.
+        `more` says that there were more regions than data; `error` is a CommandError, a DmaFailure, or what went wrong
+        in reaching the medium.
         """
         with self.lock:
             if job.cancelled:
@@ -303,8 +307,10 @@ class Channel:
         registers.status = READY | DRQ
         if transfer.packet:
             size = transfer.end - transfer.at
-            phase = COMMAND_PHASE if transfer.work == PACKET else INPUT
-            registers.put(count=phase, mid=size & 0xFF, high=size >> 8)
+            if transfer.work == PACKET:
+                registers.put(count=COMMAND_PHASE)
+            else:
+                registers.put(count=INPUT, mid=size & 0xFF, high=size >> 8)
         if interrupt:
             self._interrupt(self._active, True)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from devices.legacy.ide.ata import Job
+    from devices.legacy.ide.ata import Drive, Job
     from devices.legacy.ports import PortRange
     from devices.storage.backend import Disk
     from pyvmm.core.irq import IrqLine
@@ -84,6 +84,16 @@ def _legacy_ports(number: int, channel: Channel) -> list[tuple[bool, PortRange]]
     ]
 
 
+def _drive(number: int, unit: int, disk: Disk | None) -> Drive | None:
+    if disk is None:
+        return None
+    if not disk.optical:
+        return HardDisk(disk, unit == 1)
+    from devices.legacy.ide.cd import CdDrive  # with all that CDs need
+
+    return CdDrive(disk, unit == 1, f"pyvmm ide {number}.{unit}".ljust(16).encode())
+
+
 class PiixIde(PciFunction):
     """Function 1 at 07.1 with `disks` by channel and device. Each channel with a drive has a thread for its I/O.
 
@@ -100,7 +110,8 @@ class PiixIde(PciFunction):
     ) -> None:
         super().__init__("ide", (0x8086, 0x7111), 0x010180, 1)
         self._memory = memory
-        self._workers: list[Worker] = []
+        self._workers: dict[int, Worker] = {}
+        self._paused = False
         self.channels = [self._channel(number, disks, irq_line, make_worker) for number in range(len(CHANNELS))]
         self._legacy = [_legacy_ports(number, channel) for number, channel in enumerate(self.channels)]
         self.define(COMMAND, 2, IO_SPACE | BUS_MASTER, IO_SPACE | BUS_MASTER)
@@ -119,15 +130,12 @@ class PiixIde(PciFunction):
         irq_line: Callable[[int], IrqLine],
         make_worker: Callable[[str], Worker],
     ) -> Channel:
-        drives = [
-            HardDisk(disks[number, unit], slave=unit == 1) if (number, unit) in disks else None for unit in range(2)
-        ]
+        drives = [_drive(number, unit, disks.get((number, unit))) for unit in range(2)]
         line = irq_line(CHANNELS[number][2])
         if not any(drives):
             return Channel((None, None), lambda job: None, line.set)
-        worker = make_worker(f"ide{number}")
+        worker = self._workers[number] = make_worker(f"ide{number}")
         worker.start()
-        self._workers.append(worker)
 
         def submit(job: Job) -> None:
             worker.call_soon(lambda: carry_out(channel, job, self._memory))
@@ -156,19 +164,34 @@ class PiixIde(PciFunction):
             channel.power_on()
 
     def pause(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.run(lambda: None)  # behind all jobs
             worker.pause()
+        self._paused = True
 
     def resume(self) -> None:
         for channel in self.channels:
             channel.resume()
-        for worker in self._workers:
+        self._paused = False
+        for worker in self._workers.values():
             worker.resume()
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.stop()
+
+    def change_disc(self, number: int, unit: int, disc: Disk | None, force: bool) -> Disk | None:
+        """Change what is in a CD drive once no command reads it; return the disc that was there.
+
+        Raises MediumLocked if the guest holds on to that, unless `force`.
+        """
+        from devices.legacy.ide.cd import CdDrive
+
+        drive = self.channels[number].drives[unit]
+        assert isinstance(drive, CdDrive)
+        if self._paused:  # all reads are over
+            return drive.drive.change(disc, force)
+        return self._workers[number].run(lambda: drive.drive.change(disc, force))
 
     def save(self) -> dict[str, Any]:
         return {**super().save(), "channels": [channel.save() for channel in self.channels]}

@@ -12,6 +12,7 @@ from devices.legacy.ide.ata import (
     IDNF,
     IN,
     LBA,
+    MODES,
     NONE,
     OUT,
     READY,
@@ -20,7 +21,7 @@ from devices.legacy.ide.ata import (
     UNC,
     VERIFY,
     CommandError,
-    TaskFile,
+    Drive,
     Transfer,
 )
 from devices.saved import check_version, saved_bool, saved_int
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 _SMART_MID, _SMART_HIGH = 0x4F, 0xC2
 _SMART_READ_DATA, _SMART_READ_THRESHOLDS, _SMART_AUTOSAVE = 0xD0, 0xD1, 0xD2
 _SMART_ENABLE, _SMART_DISABLE, _SMART_STATUS = 0xD8, 0xD9, 0xDA
-#: PIO 0-4 with and without IORDY, multiword DMA 0-2, Ultra DMA 0-2.
-MODES = frozenset((0x00, 0x01, *range(0x08, 0x0D), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42))
 _PIO_DEFAULT = 0x00
 _MAX_CYLINDERS, _MAX_HEADS, _MAX_PER_TRACK = 16383, 16, 63
 
@@ -65,14 +64,12 @@ _TRANSFERS = {
 }
 
 
-class HardDisk:
-    """One ATA disk in front of `disk`, whose sectors have 512 bytes; `slave` says that it is device 1."""
+class HardDisk(Drive):
+    """An ATA disk in front of `disk`, whose sectors have 512 bytes."""
 
     def __init__(self, disk: Disk, slave: bool) -> None:
+        super().__init__(slave, disk.identity.hex()[:20])
         self.disk = disk
-        self.slave = slave
-        self.registers = TaskFile()
-        self.serial = disk.identity.hex()[:20]
         shape = disk.geometry
         if shape.cylinders > _MAX_CYLINDERS or shape.heads > _MAX_HEADS or shape.sectors > _MAX_PER_TRACK:
             self.geometry = (_MAX_CYLINDERS, _MAX_HEADS, _MAX_PER_TRACK)
@@ -82,11 +79,9 @@ class HardDisk:
 
     @property
     def medium(self) -> Disk | None:
-        """The disk that jobs work on."""
         return self.disk
 
     def power_on(self) -> None:
-        """All settings as they come from the factory."""
         self.translation = self.geometry
         self.multiple = 0
         self.mode = _PIO_DEFAULT
@@ -96,7 +91,6 @@ class HardDisk:
         self.reset()
 
     def reset(self) -> None:
-        """A software reset, or a diagnostic: the signature of a disk stands in the registers, settings stay."""
         registers = self.registers
         registers.put(count=1, low=1, mid=0, high=0)
         registers.device = 0
@@ -104,7 +98,6 @@ class HardDisk:
         registers.status = READY
 
     def execute(self, code: int) -> Transfer | None:
-        """Begin a command; None if it is over already. Raises CommandError if it is refused."""
         if code in _TRANSFERS:
             return self._transfer(*_TRANSFERS[code])
         if code & 0xF0 == 0x10 or code & 0xF0 == 0x70:  # RECALIBRATE, SEEK
@@ -170,8 +163,7 @@ class HardDisk:
             raise CommandError(ABRT)
         return Transfer(OUT, count * SECTOR, dma=True, work=TRIM)
 
-    def trim_ranges(self, data: bytes | bytearray) -> list[tuple[int, int]]:
-        """The ranges of a TRIM as (offset, length) in bytes; raises CommandError for one outside the disk."""
+    def trim_ranges(self, data: bytes) -> list[tuple[int, int]]:
         ranges = []
         for (entry,) in struct.iter_unpack("<Q", data):
             lba, count = entry & 0xFFFF_FFFF_FFFF, entry >> 48
@@ -194,12 +186,7 @@ class HardDisk:
         self.translation = (cylinders, heads, per_track)
 
     def medium_error(self, job: Job) -> int:
-        """The error register if the medium can't be reached."""
         return UNC if job.direction == IN or job.work == VERIFY else ABRT
-
-    def packet(self, cdb: bytes) -> Transfer | None:
-        """Disks take no packets."""
-        raise CommandError(ABRT)
 
     def _set_multiple(self) -> None:
         count = self.registers.count
@@ -254,7 +241,6 @@ class HardDisk:
         self.registers.put(count=0x00 if self.standby else 0xFF)
 
     def save(self) -> dict[str, Any]:
-        """Return the settings and the size that the guest knows."""
         return {
             "version": 1,
             "kind": "disk",
@@ -270,7 +256,6 @@ class HardDisk:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `save` returned; raises ValueError if it doesn't fit."""
         check_version(state, 1)
         if state.get("kind") != "disk" or state.get("size") != self.disk.size:
             raise ValueError("an IDE disk differs in kind or size from that of the saved state")
@@ -285,7 +270,6 @@ class HardDisk:
         self.translation = (min(self.disk.size // SECTOR // (heads * per_track), 0xFFFF), heads, per_track)
 
     def inspect(self) -> dict[str, Any]:
-        """Return the disk and its settings."""
         return {
             "kind": "disk",
             "disk": self.disk.inspect(),

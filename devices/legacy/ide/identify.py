@@ -6,6 +6,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from devices.legacy.ide.cd import CdDrive
     from devices.legacy.ide.disk import HardDisk
 
 #: Sectors that one block of a MULTIPLE command may have at most.
@@ -94,7 +95,7 @@ def disk(drive: HardDisk) -> bytes:
     )
     words[86] = _FLUSH_EXT | _FLUSH | _LBA_48
     words[87] = _VALID | _FUA
-    words[93] = 0x6001 if not drive.slave else 0x6100  # an 80-conductor cable; which device answers diagnostics
+    words[93] = 0x6100 if drive.slave else 0x6001  # an 80-conductor cable; which device answers diagnostics
     words.long(100, sectors, 4)
     exponent = (medium.physical_sector_size // 512).bit_length() - 1
     words[106] = _VALID | (1 << 13 | exponent if exponent else 0)
@@ -104,4 +105,16 @@ def disk(drive: HardDisk) -> bytes:
         words[169] = 0x0001  # TRIM
     words[209] = _VALID  # logical sector 0 begins a physical one
     words[217] = 0x0001  # not a rotating medium
+    return words.finish()
+
+
+def cd(drive: CdDrive) -> bytes:
+    """The 512 bytes that IDENTIFY PACKET DEVICE returns."""
+    words = _Words()
+    words[0] = 0x85C0  # packets of 12 bytes, taken within 50 us without an interrupt; CD-ROM, removable medium
+    words.names(drive.serial, "Virtual CD")
+    words.transfer_modes(drive.mode)
+    words[82] = words[85] = _NOP | _DEVICE_RESET | _PACKET | _POWER
+    words[83] = words[84] = words[87] = _VALID
+    words[93] = 0x6100 if drive.slave else 0x6001
     return words.finish()
