@@ -71,10 +71,9 @@ class PciFunction(Device):
     def define_bar(self, index: int, bar: Bar, base: int = 0) -> None:
         """Give the function a base address register, which stands at `base` at power-on."""
         self.bars[index] = bar
+        # All 32 bits also for ports: SeaBIOS takes hardwired zeros above bit 15 for a size.
         mask = _ONES & ~(bar.size - 1)
-        self.define(
-            BARS + 4 * index, 4, base & mask | (0 if bar.memory else 1), mask & (_ONES if bar.memory else 0xFFFF)
-        )
+        self.define(BARS + 4 * index, 4, base & mask | (0 if bar.memory else 1), mask)
 
     def set_multi_function(self) -> None:
         """Say in the header that the device has other functions."""
@@ -99,7 +98,8 @@ class PciFunction(Device):
         ranges: list[tuple[bool, PortRange]] = []
         for index, bar in self.bars.items():
             base = self.read_config(BARS + 4 * index, 4) & ~(bar.size - 1)
-            if base and self.command & (MEMORY_SPACE if bar.memory else IO_SPACE):
+            enabled, end = (MEMORY_SPACE, _ONES) if bar.memory else (IO_SPACE, 0xFFFF)
+            if self.command & enabled and 0 < base < end:
                 ranges.append((bar.memory, (base, bar.size, bar.handler, bar.name)))
         return ranges
 

@@ -62,8 +62,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     by_name["shutdown"].add_argument("--restart", action="store_true", help="have the guest restart")
     by_name["inspect"].add_argument("path", metavar="NODE", nargs="?", default="", help="a part, such as board/devices")
     by_name["add-disk"].add_argument("disk", metavar="PATH[,OPTION]...", type=parse_disk, help=f"as {DISK_FORM}")
-    for name in ("remove-disk", "resize-disk", "eject", "insert"):
+    for name in ("remove-disk", "resize-disk"):
         by_name[name].add_argument("place", metavar="CONTROLLER:LUN", type=_place)
+    for name in ("eject", "insert"):
+        by_name[name].add_argument("place", metavar="[ide]CONTROLLER:LUN", type=_drive)
     by_name["eject"].add_argument("--force", action="store_true", help="also if the guest has locked the drive")
     by_name["insert"].add_argument("image", metavar="PATH", help="ISO image")
     by_name["resize-disk"].add_argument("size", metavar="SIZE", type=parse_size, help="the new size, such as 20G")
@@ -122,7 +124,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
         message.update((name, value) for name, value in vars(args.disk).items() if value is not None)
         message.update(path=os.path.abspath(args.disk.path))
     if "place" in args:
-        message.update(controller=args.place[0], lun=args.place[1])
+        message.update(zip(("controller", "lun", "bus"), args.place, strict=False))
     if args.command == "resize-disk":
         message.update(size=args.size)
     elif args.command == "eject":
@@ -137,6 +139,11 @@ def _place(text: str) -> tuple[int, int]:
     if not (colon and controller.isdecimal() and lun.isdecimal() and len(text) < 8):
         raise ConfigError(f"{text!r} is not CONTROLLER:LUN, such as 0:1")
     return int(controller), int(lun)
+
+
+def _drive(text: str) -> tuple[int, int, str]:
+    bus = "ide" if text.startswith("ide") else "scsi"
+    return *_place(text.removeprefix("ide")), bus
 
 
 def _lines(args: argparse.Namespace, reply: dict[str, Any]) -> list[str]:

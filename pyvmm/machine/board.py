@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import Tracer
     from pyvmm.core.worker import Worker
+    from pyvmm.machine.disks import Slot
 
 #: CONFIG_ADDRESS and CONFIG_DATA.
 _PCI_PORTS = ((0xCF8, 1), (0xCFC, 4))
@@ -134,6 +135,15 @@ class Board:
                 for base, _ in _PCI_PORTS:
                     self.pio.unregister(base)
                 self._add(self._pci, self._pci.ports())
+
+    def change_disc(self, slot: Slot, disc: Disk | None, force: bool) -> Disk | None:
+        """Change what is in an IDE CD drive; see `PiixIde.change_disc`."""
+        from devices.legacy.ide.controller import PiixIde
+
+        assert self._pci is not None
+        ide = self._pci.functions[7, 1]
+        assert isinstance(ide, PiixIde)
+        return ide.change_disc(slot.controller, slot.lun, disc, force)
 
     def add_test_devices(
         self,

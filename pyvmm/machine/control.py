@@ -49,9 +49,9 @@ class Commands:
         #: By name: the arguments that a command knows, and what carries it out.
         self._table: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], dict[str, Any]]]] = {
             "add-disk": (tuple(DiskConfig.__annotations__), self._add_disk),
-            "eject": (("controller", "lun", "force"), self._eject),
+            "eject": (("bus", "controller", "lun", "force"), self._eject),
             "enlightenments": ((), lambda _: machine.enlightenments()),
-            "insert": (("controller", "lun", "path"), self._insert),
+            "insert": (("bus", "controller", "lun", "path"), self._insert),
             "inspect": (("path",), self._inspect),
             "pause": ((), lambda _: self._control(machine.pause)),
             "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),
@@ -118,10 +118,12 @@ class Commands:
         return self._machine.disks.remove(*self._place(arguments))
 
     def _eject(self, arguments: _Arguments) -> dict[str, Any]:
-        return self._machine.disks.eject(*self._place(arguments), arguments.flag("force"))
+        return self._machine.disks.eject(
+            *self._place(arguments), arguments.flag("force"), arguments.text("bus", "scsi")
+        )
 
     def _insert(self, arguments: _Arguments) -> dict[str, Any]:
-        return self._machine.disks.insert(*self._place(arguments), arguments.path())
+        return self._machine.disks.insert(*self._place(arguments), arguments.path(), arguments.text("bus", "scsi"))
 
     def _resize_disk(self, arguments: _Arguments) -> dict[str, Any]:
         return self._machine.disks.resize(*self._place(arguments), arguments.integer("size", 1, MAX_DISK))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from devices.storage.backend import Disk
+    from pyvmm.machine.board import Board
     from pyvmm.machine.config import DiskConfig
     from pyvmm.machine.synthetic import SyntheticDevices
 
@@ -31,12 +32,15 @@ class Slot:
 class Disks:
     """Opens `configs`, whose places `validate` has checked; raises ConfigError with nothing left open.
 
-    `synthetic` gives the controllers; it is only called for a disk that comes or goes later. Methods may be
-    called from any thread; what they refuse is a ConfigError.
+    `synthetic` gives the SCSI controllers and `board` the IDE controller; they are only called for what changes later.
+    Methods may be called from any thread; what they refuse is a ConfigError.
     """
 
-    def __init__(self, configs: Sequence[DiskConfig], synthetic: Callable[[], SyntheticDevices]) -> None:
+    def __init__(
+        self, configs: Sequence[DiskConfig], synthetic: Callable[[], SyntheticDevices], board: Callable[[], Board]
+    ) -> None:
         self._synthetic = synthetic
+        self._board = board
         self._lock = threading.Lock()  # one disk comes or goes at a time
         self._slots: dict[tuple[str, int, int], Slot] = {}
         try:
@@ -109,35 +113,34 @@ class Disks:
             raise ConfigError(lost)
         return {"controller": controller, "lun": lun, "path": slot.disk.path if slot.disk is not None else None}
 
-    def insert(self, controller: int, lun: int, path: str) -> dict[str, Any]:
+    def insert(self, controller: int, lun: int, path: str, bus: str = "scsi") -> dict[str, Any]:
         """Put the ISO image at `path` into a CD or DVD drive, in place of the disc that may be in it."""
-        synthetic = self._synthetic()
         with self._lock:
-            slot = self._find_drive(controller, lun)
+            slot = self._find_drive(controller, lun, bus)
             disc = _open(path, True, "iso")
             try:
-                self._change(synthetic, slot, disc, False)
+                self._change(slot, disc, False)
             except BaseException:
                 disc.close()
                 raise
         return {"controller": controller, "lun": lun, "path": path}
 
-    def eject(self, controller: int, lun: int, force: bool = False) -> dict[str, Any]:
+    def eject(self, controller: int, lun: int, force: bool = False, bus: str = "scsi") -> dict[str, Any]:
         """Take the disc out of a CD or DVD drive; with `force` also if the guest has locked it in."""
-        synthetic = self._synthetic()
         with self._lock:
-            slot = self._find_drive(controller, lun)
+            slot = self._find_drive(controller, lun, bus)
             old = slot.disk
             if old is None:
                 raise ConfigError(f"the drive at LUN {lun} of controller {controller} is empty")
-            self._change(synthetic, slot, None, force)
+            self._change(slot, None, force)
             return {"controller": controller, "lun": lun, "path": old.path}
 
-    def _change(self, synthetic: SyntheticDevices, slot: Slot, disc: Disk | None, force: bool) -> None:
+    def _change(self, slot: Slot, disc: Disk | None, force: bool) -> None:
         from devices.storage.mmc import MediumLocked
 
+        owner = self._board() if slot.config.bus == "ide" else self._synthetic()
         try:
-            old = synthetic.change_disc(slot, disc, force)
+            old = owner.change_disc(slot, disc, force)
         except MediumLocked:
             raise ConfigError(
                 "the guest uses the disc and has locked the drive; it has been asked to let go: try again, or --force"
@@ -146,8 +149,8 @@ class Disks:
         if old is not None:
             old.close()
 
-    def _find_drive(self, controller: int, lun: int) -> Slot:
-        slot = self._find(controller, lun)
+    def _find_drive(self, controller: int, lun: int, bus: str) -> Slot:
+        slot = self._find(controller, lun, bus)
         if not slot.optical:
             raise ConfigError(f"at LUN {lun} of controller {controller} is a hard disk, not a CD or DVD drive")
         return slot
@@ -167,8 +170,8 @@ class Disks:
                 raise ConfigError(f"{slot.config.path}: cannot be resized: {error.strerror}") from error
         return {"controller": controller, "lun": lun, "path": slot.config.path, "size": size}
 
-    def _find(self, controller: int, lun: int) -> Slot:
-        slot = self._slots.get(("scsi", controller, lun))
+    def _find(self, controller: int, lun: int, bus: str = "scsi") -> Slot:
+        slot = self._slots.get((bus, controller, lun))
         if slot is None:
             raise ConfigError(f"there is no disk at LUN {lun} of controller {controller}")
         return slot

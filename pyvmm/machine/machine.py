@@ -87,7 +87,7 @@ class Machine:
             raise MachineError("--disk needs the enlightenment vmbus: its controller is a VMBus device", EXIT_USAGE)
         self._vmbus = "vmbus" in chosen
         try:
-            self._disks = Disks(config.disks, self.synthetic)
+            self._disks = Disks(config.disks, self.synthetic, lambda: self.board)
             self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = load_guest(self.memory, self.config, self._vmbus)
             with System() as system:
@@ -258,7 +258,12 @@ class Machine:
         return self.partition.forward(connection_id, kind, payload)
 
     def synthetic(self) -> SyntheticDevices:
-        """The VMBus and its devices, made at first use: a guest that never asks for them starts faster."""
+        """The VMBus and its devices, made at first use: a guest that never asks for them starts faster.
+
+        Raises MachineError if the VM has no VMBus.
+        """
+        if not self._vmbus:
+            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
         with self._synthetic_lock:
             if self._synthetic is None:
                 from pyvmm.machine.synthetic import SyntheticDevices
@@ -432,9 +437,8 @@ class Machine:
 
     @property
     def disks(self) -> Disks:
-        """The VM's disks, to plug in and out; raises MachineError for a VM that can have none."""
-        if not self._vmbus or self._disks is None:
-            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
+        """The VM's disks, to plug in and out."""
+        assert self._disks is not None
         return self._disks
 
     def inspect(self) -> dict[str, Any]:

@@ -32,12 +32,12 @@ class FakeDisks:
         self._calls.append(("remove", controller, lun))
         return {"message": "removed"}
 
-    def eject(self, controller: int, lun: int, force: bool) -> dict[str, Any]:
-        self._calls.append(("eject", controller, lun, force))
+    def eject(self, controller: int, lun: int, force: bool, bus: str) -> dict[str, Any]:
+        self._calls.append(("eject", bus, controller, lun, force))
         return {}
 
-    def insert(self, controller: int, lun: int, path: str) -> dict[str, Any]:
-        self._calls.append(("insert", controller, lun, path))
+    def insert(self, controller: int, lun: int, path: str, bus: str) -> dict[str, Any]:
+        self._calls.append(("insert", bus, controller, lun, path))
         return {}
 
     def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:

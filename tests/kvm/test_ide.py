@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyvmm.core.bus import Bus
-from pyvmm.machine.config import DiskConfig
+from pyvmm.machine.config import DiskConfig, parse_cdrom
 from tests.fakes.rom import PROTECTED_MODE
 
 if TYPE_CHECKING:
@@ -218,3 +218,70 @@ wrong:
     machine = roms.machine(WAIT + wait_for_interrupt, disks=[DiskConfig(str(image), bus="ide")])
     outcome = machine.run()
     assert outcome.exit_code == 0x21, outcome.message
+
+
+#: Ends with status 0x71 where the drive does not ask for the packet, or reports an error; the data goes to EDI.
+READ_CD = """
+.macro WAIT_1
+    movw $0x376, %dx
+1:  inb %dx, %al
+    testb $0x80, %al
+    jnz 1b
+    testb $1, %al
+    jz 2f
+    EXIT 0x38
+2:
+.endm
+.macro SEND packet
+    OUT 0x176, 0xa0
+    OUT 0x171, 0
+    OUT 0x174, 0x00
+    OUT 0x175, 0x08
+    OUT 0x177, 0xa0
+    WAIT_1
+    movl $0xf0000 + \\packet, %esi
+    movl $6, %ecx
+    movw $0x170, %dx
+    rep outsw
+    movw $0x376, %dx
+1:  inb %dx, %al
+    testb $0x80, %al
+    jnz 1b
+.endm
+"""
+CD = """
+    jmp begin
+.balign 16
+sense: .byte 3, 0, 0, 0, 18, 0, 0, 0, 0, 0, 0, 0
+read: .byte 0x28, 0, 0, 0, 0, 16, 0, 0, 2, 0, 0, 0
+begin:
+    SEND sense
+    WAIT_1
+    movl $0x10000, %edi
+    movl $9, %ecx
+    movw $0x170, %dx
+    rep insw
+    SEND read
+    movl $0x11000, %edi
+    movl $2, %ebx
+block:
+    WAIT_1
+    movl $512, %ecx
+    movw $0x170, %dx
+    rep insl
+    decl %ebx
+    jnz block
+    WAIT_1
+    EXIT 0x10
+"""
+
+
+def test_a_guest_reads_a_cd(roms: Roms, tmp_path: Path) -> None:
+    image = tmp_path / "cd.iso"
+    image.write_bytes(os.urandom(64 << 10))
+    machine = roms.machine(WAIT + READ_CD + PROTECTED_MODE + CD, disks=[parse_cdrom(str(image))])
+    outcome = machine.run()
+    assert (outcome.kind, outcome.exit_code) == ("exit", 0x21), outcome.message
+    sense = machine.memory.read(0x10000, 18)
+    assert (sense[2], sense[12]) == (6, 0x29), "the power-on is the first thing to hear"
+    assert machine.memory.read(0x11000, 4096) == image.read_bytes()[16 * 2048 : 18 * 2048]

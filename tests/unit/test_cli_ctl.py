@@ -86,14 +86,14 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
     disk = {"path": str(tmp_path / "d.img"), "readonly": True, "bus": "scsi", "controller": 2, "iops": 50}
     assert main(["ctl", vm, "resize-disk", "2:1", "3M"]) == 0
     assert main(["ctl", vm, "eject", "0:3"]) == main(["ctl", vm, "eject", "0:3", "--force"]) == 0
-    assert main(["ctl", vm, "insert", "0:3", "cd.iso"]) == 0
+    assert main(["ctl", vm, "insert", "ide1:0", "cd.iso"]) == 0
     assert machine.calls == [
         ("add", disk),
         ("remove", 2, 1),
         ("resize", 2, 1, 3 << 20),
-        ("eject", 0, 3, False),
-        ("eject", 0, 3, True),
-        ("insert", 0, 3, str(tmp_path / "cd.iso")),
+        ("eject", "scsi", 0, 3, False),
+        ("eject", "scsi", 0, 3, True),
+        ("insert", "ide", 1, 0, str(tmp_path / "cd.iso")),
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from devices.storage.mmc import MediumLocked
 from devices.storage.raw import RawDisk
-from pyvmm.machine.config import ConfigError, DiskConfig
+from pyvmm.machine.config import ConfigError, DiskConfig, parse_cdrom
 from pyvmm.machine.disks import Disks, Slot
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def images(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def disks(*configs: DiskConfig, synthetic: Controllers | None = None) -> Disks:
-    return Disks(configs, lambda: cast("Any", synthetic))
+def disks(*configs: DiskConfig, synthetic: Controllers | None = None, board: Controllers | None = None) -> Disks:
+    return Disks(configs, lambda: cast("Any", synthetic), lambda: cast("Any", board))
 
 
 def places(found: Disks) -> dict[int, dict[int, str]]:
@@ -164,3 +164,47 @@ def test_discs_are_changed_in_their_drive_and_closed(images: list[str], tmp_path
     assert found.remove(0, 0)["path"] is None
     found.close()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_ide_disks_have_places_of_their_own_and_fill_them_in_order(images: list[str]) -> None:
+    first, second, third, fourth = images
+    found = disks(
+        DiskConfig(first, bus="ide"),
+        DiskConfig(second),
+        DiskConfig(third, bus="ide", lun=1),
+        DiskConfig(fourth, bus="ide"),
+    )
+    assert places(found) == {0: {0: "1.img"}}
+    assert {place: os.path.basename(disk.path) for place, disk in found.ide().items()} == {
+        (0, 0): "0.img",
+        (0, 1): "2.img",
+        (1, 0): "3.img",
+    }
+    found.close()
+
+
+def test_an_ide_disk_needs_a_free_place(images: list[str]) -> None:
+    first, second, third, _ = images
+    with pytest.raises(ConfigError, match="no place is free from IDE channel 1 on"):
+        disks(*(DiskConfig(image, bus="ide", controller=1) for image in (first, second, third)))
+
+
+def test_ide_disks_do_not_come_later(images: list[str]) -> None:
+    found = disks(synthetic=Controllers())
+    with pytest.raises(ConfigError, match="there from the start"):
+        found.add(DiskConfig(images[0], bus="ide"))
+    found.close()
+
+
+def test_a_disc_in_an_ide_drive_is_changed_by_the_board(tmp_path: Path) -> None:
+    discs = [str(tmp_path / name) for name in ("a.iso", "b.iso")]
+    for disc in discs:
+        Path(disc).write_bytes(bytes(4096))
+    found = disks(parse_cdrom(discs[0]), board=Controllers())
+    assert found.insert(1, 0, discs[1], "ide")["path"] == discs[1]
+    assert found.ide()[1, 0].path == discs[1]
+    with pytest.raises(ConfigError, match="no disk at LUN 0 of controller 1"):
+        found.eject(1, 0)
+    assert found.eject(1, 0, bus="ide")["path"] == discs[1]
+    assert found.ide() == {}
+    found.close()

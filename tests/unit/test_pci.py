@@ -123,7 +123,7 @@ def test_ports_are_decoded_while_the_command_register_allows_it(host: Host) -> N
 def test_a_bar_tells_its_size_and_moves(host: Host) -> None:
     host.put(10, COMMAND, IO | MEMORY, 2)
     host.put(10, 0x10, ONES)
-    assert host.get(10, 0x10) == 0xFFF1
+    assert host.get(10, 0x10) == 0xFFFF_FFF1
     host.put(10, 0x10, 0xC123)
     assert host.get(10, 0x10) == 0xC121
     assert (host.pio.read(0xE000, 1), host.pio.read(0xC122, 1)) == (0xFF, 0x42)
@@ -133,10 +133,12 @@ def test_a_bar_tells_its_size_and_moves(host: Host) -> None:
     assert host.mmio.read(0xC000_0004, 4) == 0x84
 
 
-def test_a_bar_at_zero_is_not_decoded(host: Host) -> None:
+def test_a_bar_at_zero_or_beyond_all_ports_is_not_decoded(host: Host) -> None:
     host.put(10, COMMAND, IO | MEMORY, 2)
     host.put(10, 0x10, 0)
     assert host.pio.read(0, 1) == 0xFF and host.mmio.read(0, 1) == 0xFF
+    host.put(10, 0x10, 0x1_0000)
+    assert host.pio.read(0x1_0000, 1) == 0xFF
 
 
 def test_a_bar_over_another_device_is_decoded_once_that_is_gone(host: Host) -> None:
