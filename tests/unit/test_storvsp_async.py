@@ -100,6 +100,29 @@ def test_a_disk_that_hangs_does_not_hold_up_answers_without_the_disk(make: Any) 
     assert [driver.finish(request).srb_status for request in requests] == [SUCCESS] * 50
 
 
+def test_a_disk_that_hangs_does_not_hold_up_another(make: Any) -> None:
+    stuck, other = gated("read", "flush"), MemoryDisk(SIZE)
+    driver = make({0: stuck, 1: other}).driver
+    requests = [driver.start(read10(0, 1), 512, READ_TYPE) for _ in range(20)]
+    requests += [driver.start(SYNCHRONIZE) for _ in range(20)]
+    assert driver.write(write10(8, 1), b"go on..." * 64, lun=1).srb_status == SUCCESS
+    assert driver.read(read10(8, 1), 512, lun=1).data == b"go on..." * 64
+    assert driver.command(SYNCHRONIZE, lun=1).srb_status == SUCCESS and other.flushes == 1
+    stuck.gate.set()
+    assert [driver.finish(request).srb_status for request in requests] == [SUCCESS] * 40
+
+
+def test_threads_of_a_removed_disk_end(make: Any) -> None:
+    rig = make({0: MemoryDisk(SIZE), 1: MemoryDisk(SIZE)})
+    before = threading.active_count()
+    for _ in range(10):
+        rig.driver.read(read10(0, 1), 512, lun=1)
+        rig.driver.command(SYNCHRONIZE, lun=1)
+    assert threading.active_count() > before
+    rig.vsp.remove_disk(1)
+    assert threading.active_count() == before
+
+
 def test_more_commands_than_the_bound_are_told_to_come_again(make: Any) -> None:
     disk = gated("read")
     rig = make({0: disk, 1: MemoryDisk(SIZE)})

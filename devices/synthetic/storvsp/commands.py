@@ -1,8 +1,8 @@
 """The commands of a controller, from the guest's packet to its completion.
 
-What needs the disk is carried out on threads of two lanes: reads and writes on one, and what may take long (flushes,
-discards, fills) on the other, so that it holds up none of the first. Completions come in any order. Everything else is
-answered at once.
+What needs the disk is carried out on threads of the unit's two lanes: reads and writes on one, and what may take long
+(flushes, discards, fills) on the other, so that it holds up none of the first. Completions come in any order.
+All else is answered at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: LUNs of a controller, all on path 0 and target 0.
 LUNS = 64
-#: Threads for reads and writes, and for what may take long.
+#: Threads of a unit for reads and writes, and for what may take long: a disk that hangs has none but its own.
 QUICK_THREADS = 4
 SLOW_THREADS = 3
 
@@ -72,9 +72,8 @@ class Commands:
         self.name = name
         self.luns: dict[int, Lun] = {}
         self.bus: VmBus
+        self._make_lane = make_lane
         self._tasks = Tasks()
-        self._quick = make_lane(f"{name}.io", QUICK_THREADS)
-        self._slow = make_lane(f"{name}.slow", SLOW_THREADS)
 
     # Logical units ------------------------------------------------------------------------------------
 
@@ -82,8 +81,11 @@ class Commands:
         """Add a logical unit; raises ValueError if its number is taken or out of range."""
         if not 0 <= number < LUNS:
             raise ValueError(f"LUN {number} is not in 0-{LUNS - 1}")
-        if self.luns.setdefault(number, lun) is not lun:
+        if number in self.luns:
             raise ValueError(f"{self.name} has a disk at LUN {number} already")
+        lun.quick = self._make_lane(f"{self.name}.{number}.io", QUICK_THREADS)
+        lun.slow = self._make_lane(f"{self.name}.{number}.slow", SLOW_THREADS)
+        self.luns[number] = lun
 
     def detach(self, number: int) -> Lun:
         """Remove a logical unit once no command uses it; raises ValueError if there is none."""
@@ -92,6 +94,8 @@ class Commands:
             raise ValueError(f"{self.name} has no disk at LUN {number}")
         gone.gone = True  # for commands that have found it already
         self._tasks.wait(lambda task: task.lun is gone)
+        gone.quick.close()
+        gone.slow.close()
         return gone
 
     def settle(self, disk: Disk) -> None:
@@ -110,8 +114,9 @@ class Commands:
 
     def close(self) -> None:
         """End the threads; no commands may be under way."""
-        self._quick.close()
-        self._slow.close()
+        for lun in self.luns.values():
+            lun.quick.close()
+            lun.slow.close()
 
     def in_flight(self) -> int:
         """How many commands are taken and not done."""
@@ -174,7 +179,7 @@ class Commands:
             self._finish(command, lun.carry_out(plan, None, command.buffer, request.data_length))
             return
         quick = isinstance(plan, plans.Read) or (isinstance(plan, plans.Write) and not plan.fua)
-        lane = self._quick if quick else self._slow
+        lane = lun.quick if quick else lun.slow
         command.run = lambda: lane.submit(lambda: self._carry_out(command, lun, plan))
         start = command.started
         if lun.limits is not None and isinstance(plan, plans.Read | plans.Write | plans.Verify | plans.Fill):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from devices.storage.backend import Disk
+    from devices.synthetic.storvsp.lane import Lane
     from devices.synthetic.storvsp.qos import Limits
     from devices.synthetic.storvsp.scsi import Target
     from pyvmm.core._hot import FastDisk
@@ -53,6 +54,9 @@ class Lun:
         self.target = target
         self.limits = limits
         self.statistics = Statistics()
+        #: The threads that carry its commands out, from when it is attached to a controller.
+        self.quick: Lane
+        self.slow: Lane
         #: Set once the unit is being taken away: nothing new is to begin.
         self.gone = False
 
