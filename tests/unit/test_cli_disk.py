@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from devices.storage.file import HostFile
-from pyvmm.cli import main
+from tests.fakes.disk_cli import disk, files, refusal, tree
 
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def disk(*words: str) -> int:
-    return main(["disk", *words])
-
-
-def tree(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dict[str, Any]:
-    capsys.readouterr()
-    assert disk(*words, "-o", "json") == status
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
-    """The one line with which an action refuses."""
-    capsys.readouterr()
-    assert disk(*words) == status
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1
-    assert output.err.startswith("pyvmm: error: ")
-    return output.err
-
-
-def files() -> list[str]:
-    return sorted(os.listdir())
 
 
 def test_a_raw_image_is_made_sparse_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

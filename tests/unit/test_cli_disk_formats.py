@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from devices.storage.images import open_image
 from devices.storage.merge import merge, open_to_merge
 from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import METADATA_TABLE_SIZE
-from pyvmm.cli import main
+from tests.fakes.disk_cli import disk, files, refusal, tree
 
 #: What qemu-img calls them.
 QEMU = {"raw": "raw", "vhd": "vpc", "vhdx": "vhdx"}
@@ -36,31 +35,6 @@ differencing = pytest.mark.parametrize("form", DIFFERENCING)
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def disk(*words: str) -> int:
-    return main(["disk", *words])
-
-
-def tree(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dict[str, Any]:
-    capsys.readouterr()
-    assert disk(*words, "-o", "json") == status
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
-    """The one line with which an action refuses."""
-    capsys.readouterr()
-    assert disk(*words) == status
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1
-    assert output.err.startswith("pyvmm: error: ")
-    return output.err
-
-
-def files() -> list[str]:
-    return sorted(os.listdir())
 
 
 def fill(path: str, *spans: tuple[int, bytes]) -> None:
