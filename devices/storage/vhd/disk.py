@@ -74,8 +74,9 @@ class VhdDisk(Layer):
 
     @property
     def geometry(self) -> Geometry:
+        # Disk2vhd writes the largest of all geometries for every disk.
         shape = self._footer.geometry
-        return shape if shape.cylinders and shape.heads and shape.sectors else super().geometry
+        return shape if 0 < shape.cylinders * shape.heads * shape.sectors * SECTOR <= self.size else super().geometry
 
     def _new_size(self, size: int) -> None:
         """Refuse what the disk cannot be resized to."""

@@ -115,9 +115,15 @@ class Image:
         regions = structures + self.names(self.header, file_size)
         self.end = max(end for _, end, _ in regions)
         self.end += -self.end % SECTOR
-        self._measure_blocks((self.header.bitmap_size + self.header.block_size) // SECTOR, regions, file_size)
-        if file_size > self.end + SECTOR:
-            self._warning(f"{file_size - self.end - SECTOR} bytes between its last block and the footer are unused")
+        stride = self.header.bitmap_size + self.header.block_size
+        self._measure_blocks(stride // SECTOR, regions, file_size)
+        unused = file_size - SECTOR - self.end
+        if unused >= stride:
+            self._warning(f"{unused} bytes behind its last block are unused: whoever wrote it did not close it")
+        elif unused % SECTOR:
+            self.untidy = True
+        elif unused > 0 and not self.untidy:
+            self.end += unused  # Hyper-V aligns what it writes
 
     def _measure_blocks(self, stride: int, regions: list[tuple[int, int, str]], file_size: int) -> None:
         blocks = sorted(entry for entry in self.table if entry != UNUSED)
