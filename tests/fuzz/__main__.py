@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from guests.bare.build import BuildError
-from tests.fuzz import native, partition, vhdx, vp
+from tests.fuzz import native, partition, vhd, vhdx, vp
 from tests.fuzz.native import FuzzError
 
 
@@ -23,6 +23,7 @@ _FUZZERS: dict[str, Callable[[int, float], str]] = {
     "hot": _hot,
     "partition": partition.run,
     "vp": vp.run,
+    "vhd": vhd.run,
     "vhdx": vhdx.run,
 }
 
@@ -31,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz",
         description="Fuzz what guests can reach: the C extension under a KVM that does anything (hot), a partition's "
-        "MSRs and hypercalls by Hypothesis (partition), both through a VP on /dev/kvm (vp), disk images (vhdx).",
+        "MSRs and hypercalls by Hypothesis (partition), both through a VP on /dev/kvm (vp), disk images (vhd, vhdx).",
         epilog="Exit status: 0 nothing found; 1 something found, with the seed that repeats it.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(_FUZZERS)} (default: all)")

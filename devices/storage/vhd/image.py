@@ -129,11 +129,11 @@ class Image:
         blocks = sorted(entry for entry in self.table if entry != UNUSED)
         if not blocks:
             return
-        if any(map(gt, map(add, blocks, repeat(stride)), blocks[1:])):
-            self._error("blocks overlap: two parts of the disk lie in the same place of the file")
         for start, end, what in regions:
             if bisect_right(blocks, start // SECTOR - stride) < bisect_left(blocks, -(-end // SECTOR)):
                 self._error(f"a block overlaps the {what}")
+        if any(map(gt, map(add, blocks, repeat(stride)), blocks[1:])):
+            self._error("blocks overlap: two parts of the disk lie in the same place of the file")
         beyond = len(blocks) - bisect_right(blocks, file_size // SECTOR - stride)
         if beyond:
             self._error(f"the file was cut short: {beyond} of {len(blocks)} blocks lie beyond its end")
