@@ -80,21 +80,22 @@ def _read_inside(layer: Layer, offset: int, views: list[memoryview]) -> list[tup
     return layer.read_layer(offset, views) if inside else []
 
 
-def open_parents(leaf: Layer, writable: int = 0) -> None:
+def open_parents(leaf: Layer, writable: int = 0, lock: bool = True) -> None:
     """Open all that `leaf` differs from; raises DiskError. What was opened until then goes with `leaf.close`.
 
-    The first `writable` parents are opened for writing, which nobody else may use then.
+    The first `writable` parents are opened for writing, which nobody else may use then. Without `lock` all may be used
+    meanwhile.
     """
     seen = {leaf.file.key()}
     layer = leaf
     while layer.link is not None:
         if len(seen) > MAX_PARENTS:
             raise DiskError(f"{leaf.path}: more than {MAX_PARENTS} parents down to {layer.path}; merge some of them")
-        layer.parent = _open_parent(layer, layer.link, seen, readonly=len(seen) > writable)
+        layer.parent = _open_parent(layer, layer.link, seen, len(seen) > writable, lock)
         layer = layer.parent
 
 
-def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], readonly: bool) -> Layer:
+def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], readonly: bool, lock: bool) -> Layer:
     refusal = None
     for path in link.paths:
         try:
@@ -106,7 +107,7 @@ def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], rea
             refusal = refusal or f"its parent {path} comes above it in the same chain, which thus never ends"
             continue
         try:
-            parent = _open_layer(path, link.format, readonly)
+            parent = _open_layer(path, link.format, readonly, lock)
         except DiskError as error:
             refusal = refusal or f"its parent cannot be used: {error}"
             continue
@@ -122,10 +123,10 @@ def _open_parent(child: Layer, link: ParentLink, seen: set[tuple[int, int]], rea
     raise DiskError(f"{child.path}: {refusal}")
 
 
-def _open_layer(path: str, format: str, readonly: bool) -> Layer:
+def _open_layer(path: str, format: str, readonly: bool, lock: bool) -> Layer:
     from devices.storage.images import open_layer  # not at the top: it imports the formats, and they this module
 
-    layer = open_layer(HostFile(path, readonly), format)
+    layer = open_layer(HostFile(path, readonly, lock), format)
     assert isinstance(layer, Layer)
     return layer
 

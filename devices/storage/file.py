@@ -136,6 +136,11 @@ class HostFile:
                 f"{self.path}: in use by another VM or tool; stop that first, or open it readonly everywhere"
             ) from None
 
+    def written(self) -> bool:
+        """Whether somebody else has it open for writing."""
+        found = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+        return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
     def key(self) -> tuple[int, int]:
         """What tells this file from all others of the host, whatever path led to it: its device and inode."""
         status = os.fstat(self.fd)

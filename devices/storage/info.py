@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from devices.storage.backend import DiskError
-from devices.storage.file import HostFile, InUse
+from devices.storage.file import HostFile
 from devices.storage.images import DIFFERENCING, known, open_layer
 from devices.storage.merge import layers
 
@@ -23,13 +23,10 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:
     """The image at `path` and its parents, as plain JSON data; raises DiskError if it cannot be read.
 
     What `Disk.inspect` tells, and `size_on_disk`, `identity`, `geometry`; `in_use`: whether somebody writes it; and
-    `problem`: why not all its parents are there.
+    `problem`: why not all its parents are there. Nothing is locked, so nobody is kept from using it meanwhile.
     """
     kind = known(path, format)
-    try:
-        disk, in_use = open_layer(HostFile(path, readonly=True), kind), False
-    except InUse:
-        disk, in_use = _peek(path, kind), True
+    disk, in_use = _open(path, kind)
     try:
         problem = _open_parents(disk) if kind in DIFFERENCING else None
         found = disk.inspect()
@@ -47,14 +44,17 @@ def describe(path: str, format: str | None = None) -> dict[str, Any]:
         disk.close()
 
 
-def _peek(path: str, kind: str) -> Disk:
-    """Open an image that somebody writes, and which may thus be between two states."""
-    for _ in range(_TRIES - 1):
+def _open(path: str, kind: str) -> tuple[Disk, bool]:
+    """The image alone, and whether somebody writes it, who may just be between two states of it."""
+    for left in reversed(range(_TRIES)):
+        file = HostFile(path, readonly=True, lock=False)
+        in_use = file.written()
         try:
-            return open_layer(HostFile(path, readonly=True, lock=False), kind)
+            return open_layer(file, kind), in_use
         except DiskError:
-            pass
-    return open_layer(HostFile(path, readonly=True, lock=False), kind)
+            if not (in_use and left):
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _open_parents(disk: Disk) -> str | None:
@@ -63,7 +63,7 @@ def _open_parents(disk: Disk) -> str | None:
 
     assert isinstance(disk, Layer)
     try:
-        open_parents(disk)
+        open_parents(disk, lock=False)
     except DiskError as error:
         return str(error)
     return None

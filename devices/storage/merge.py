@@ -8,7 +8,7 @@ from devices.storage.backend import PARENT, ZERO, DiskError, Extent
 from devices.storage.chain import Layer, open_parents
 from devices.storage.copy import copy_extents, ignore
 from devices.storage.file import HostFile
-from devices.storage.images import DIFFERENCING, known, open_layer
+from devices.storage.images import DIFFERENCING, known, open_image, open_layer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def open_to_merge(path: str, format: str | None = None, into: str | None = None)
     kind = known(path, format)
     if kind not in DIFFERENCING:
         raise DiskError(f"{path}: a {kind} image has no parent; merge takes a differencing image")
-    depth = 1
-    if into is not None:
-        depth = _depth(path, kind, into)
+    depth = 1 if into is None else depth_of(into, path, kind)
+    if depth is None:
+        raise DiskError(f"{into}: is none of the parents of {path}; name one of them, or a new image")
     child = open_layer(HostFile(path), kind)
     try:
         assert isinstance(child, Layer)
@@ -50,16 +50,12 @@ def open_to_merge(path: str, format: str | None = None, into: str | None = None)
         raise
 
 
-def _depth(path: str, kind: str, into: str) -> int:
-    """How far down the chain of the image at `path` the one at `into` is."""
-    child = open_layer(HostFile(path, readonly=True), kind)
+def depth_of(parent: str, path: str, format: str | None = None) -> int | None:
+    """How far below the image at `path` the one at `parent` is, from 1 on, or None; raises DiskError."""
+    child = open_image(path, readonly=True, format=format)
     try:
-        assert isinstance(child, Layer)
-        open_parents(child)
-        for depth, layer in enumerate(layers(child)):
-            if depth and os.path.samefile(layer.path, into):
-                return depth
-        raise DiskError(f"{into}: is none of the parents of {path}; name one of them, or a new image")
+        found = layers(child)[1:]
+        return next((depth for depth, layer in enumerate(found, 1) if os.path.samefile(layer.path, parent)), None)
     finally:
         child.close()
 

@@ -72,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     merge.add_argument(
         "--into", metavar="PATH", help="a parent further down, or a new image; a new one leaves all others alone"
     )
-    merge.add_argument("--force", action="store_true", help="make a new image of --into, even if there is a file")
+    merge.add_argument("--force", action="store_true", help="replace what is at --into, unless it is a parent")
     merge.add_argument("--keep", action="store_true", help="keep the image: it goes on reading as it does")
 
     diff = action("diff", "compare two disks, or an image with its parent")

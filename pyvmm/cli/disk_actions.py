@@ -105,19 +105,20 @@ def convert(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Write an image's data into a parent and remove it; or with all its parents' into a new image."""
-    from devices.storage.merge import layers, merge, open_to_merge
+    from devices.storage.merge import depth_of, layers, merge, open_to_merge
 
-    if args.into is not None and (args.force or not os.path.exists(args.into)):
+    into, path, form = args.into, args.path, args.format
+    if into is not None and (not os.path.exists(into) or (args.force and depth_of(into, path, form) is None)):
         if args.keep:
             raise CliError("--keep: a new image leaves all others alone anyway; leave the option out")
-        source = open_image(args.path, readonly=True, format=args.format)
+        source = open_image(path, readonly=True, format=form)
         try:
             args.format = None  # which was that of the image to read
-            _copy_into(args, source, args.into)
+            _copy_into(args, source, into)
         finally:
             source.close()
         return 0
-    child, base = open_to_merge(args.path, args.format, args.into)
+    child, base = open_to_merge(path, form, into)
     try:
         with bar("merging", child.size) as progress:
             merge(child, base, progress)

@@ -370,6 +370,36 @@ def test_an_image_that_a_vm_writes_is_shown(form: str, capsys: pytest.CaptureFix
 
 
 @differencing
+def test_info_keeps_nobody_from_using_a_chain(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = chain(form)
+    writers = [HostFile(name) for name in names]
+
+    def refuse(_: HostFile) -> None:
+        raise AssertionError("locked")
+
+    monkeypatch.setattr(HostFile, "_lock", refuse)
+    found = tree(capsys, "info", names[0])
+    assert found["in_use"] and found["problem"] is None
+    assert Path(found["parent"]["parent"]["path"]).name == names[2]
+    for writer in writers:
+        writer.close()
+
+
+@differencing
+def test_force_replaces_anything_but_a_parent(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = chain(form)
+    wanted = content(names[0])
+    Path("old.img").write_bytes(b"old" * 512)
+    assert "none of the parents" in refusal(capsys, "merge", names[0], "--into", "old.img")
+    assert disk("merge", names[0], "--into", "old.img", "--force") == 0
+    assert Path("old.img").read_bytes() == wanted
+    assert disk("merge", names[0], "--into", names[2], "--force") == 0
+    assert content(names[2]) == wanted and files() == sorted([names[2], "old.img"])
+
+
+@differencing
 @pytest.mark.parametrize(
     ("words", "why"),
     [
