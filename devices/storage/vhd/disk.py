@@ -170,6 +170,8 @@ class DynamicVhd(VhdDisk):
         self._names = image.names(self._header, file.size())
         self._allocating = threading.Lock()
         self._flushing = threading.Lock()
+        #: Flushes that have begun, and the last of them that was done.
+        self._flushes = self._flushed = 0
         if image.untidy and not self.readonly:
             self._tidy()
 
@@ -268,7 +270,11 @@ class DynamicVhd(VhdDisk):
                 self.flush()
 
     def flush(self) -> None:
+        wanted = self._flushes + 1
         with self._flushing:
+            if self._flushed >= wanted:
+                return  # one that began while this one waited has covered it
+            self._flushes = number = self._flushes + 1
             waiting = self._bitmaps.take()
             try:
                 self.file.flush()
@@ -280,6 +286,7 @@ class DynamicVhd(VhdDisk):
                 self._bitmaps.not_done()
                 raise
             self._bitmaps.done()
+            self._flushed = number
 
     def _place(self, block: int) -> int:
         """Where the block's data begins in the file; it gets room there if it has none."""
