@@ -31,7 +31,7 @@ struct world {
 	uint64_t timer_due; // reference time; 0 while the host's timer is not armed
 	enum { NOTHING, MSR, CALL_32, CALL_64 } answered; // what the last exit asked for
 	uint64_t control;
-	uint64_t exits, hypercalls;
+	uint64_t exits, hypercalls, requests;
 };
 
 extern struct world world;
@@ -48,6 +48,9 @@ void fill(void *to, size_t size);
 // host.c
 extern struct PyModuleDef stubs; // what the run loop asks Python for
 void others_act(void);		 // what other threads do, with the GIL
+
+// disks.c
+void use_disks(void); // what a storage controller does, with the GIL
 
 // lives.c
 _Noreturn void fail(const char *what);
