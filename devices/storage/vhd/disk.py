@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from devices.storage.file import HostFile
 
-#: Bytes by which a file grows at once. They are a hole, so nothing is used up before it is written.
-_GROWTH = 64 << 20
+#: Bytes by which a file grows at once: by as much as it has, within these. They are a hole, so nothing is used up
+#: before it is written; but each time costs a flush.
+_GROWTH = 64 << 20, 1 << 30
 #: The data of new blocks begins at multiples of this, the pages of the host.
 _ALIGNMENT = 4096
 
@@ -188,10 +189,16 @@ class DynamicVhd(VhdDisk):
     # Reading
 
     def read_layer(self, offset: int, views: Sequence[memoryview]) -> list[tuple[int, list[memoryview]]]:
+        length = total(views)
+        block, inside = divmod(offset, self._block_size)
+        entry = self._table[block]
+        if entry != UNUSED and inside + length <= self._block_size and self._bitmaps.is_full(block):
+            self.file.read(entry * SECTOR + self._bitmap_size + inside, views)  # the usual case, for its speed
+            return []
         pieces = Pieces(views)
         missing: list[tuple[int, list[memoryview]]] = []
         gap_end = -1
-        for there, start, length, place in self._runs(offset, total(views)):
+        for there, start, length, place in self._runs(offset, length):
             piece = pieces.take(length)
             if there:
                 self.file.read(place, piece)
@@ -323,9 +330,10 @@ class DynamicVhd(VhdDisk):
         return place + -(place + self._bitmap_size) % _ALIGNMENT
 
     def _grown(self, end: int) -> int:
-        """Where blocks that follow one another from `end` on will end, once the file is longer by _GROWTH."""
+        """Where blocks that follow one another from `end` on will end, once the file is longer."""
         size = self._bitmap_size + self._block_size
-        for _ in range(_GROWTH // size):
+        least, most = _GROWTH
+        for _ in range(min(max(end, least), most) // size):
             end = self._next_place(end) + size
         return end
 
