@@ -198,8 +198,8 @@ class DynamicVhd(VhdDisk):
         pieces = Pieces(views)
         missing: list[tuple[int, list[memoryview]]] = []
         gap_end = -1
-        for there, start, length, place in self._runs(offset, length):
-            piece = pieces.take(length)
+        for there, start, step, place in self._runs(offset, length):
+            piece = pieces.take(step)
             if there:
                 self.file.read(place, piece)
                 continue
@@ -207,7 +207,7 @@ class DynamicVhd(VhdDisk):
                 missing[-1][1].extend(piece)
             else:
                 missing.append((start, piece))
-            gap_end = start + length
+            gap_end = start + step
         return missing
 
     def _blocks(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
