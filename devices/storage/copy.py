@@ -40,6 +40,7 @@ def copy_disk(source: Disk, target: Disk, progress: Progress = ignore, share: bo
     if share and plain and target.clone(source):  # type: ignore[attr-defined]
         progress(source.size)
         return
+    # Not by copy_file_range(2): that would copy the zeros among the data, too.
     copy_extents(source, target, source.extents(0, source.size), progress, blank=True)
 
 

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from devices.storage.backend import Disk
 
-KINDS = ("dynamic", "fixed", "differencing")
-
-
 #: A write that is worth a system call of its own to get it going.
 _LARGE = 64 << 10
 
@@ -77,7 +74,11 @@ def _move(beside: str, place: str) -> None:
         os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except FileExistsError:
         raise DiskError(f"{place}: somebody else made it meanwhile; choose another name") from None
-    os.replace(beside, place)
+    try:
+        os.replace(beside, place)
+    except BaseException:
+        os.unlink(place)
+        raise
 
 
 def _resemble(beside: str, place: str) -> None:
@@ -113,8 +114,9 @@ def new_image(
 ) -> Iterator[Disk]:
     """A zeroed disk to fill, whose image takes the place of `path` when the block ends, as with `new_file`.
 
-    `kind` is one of KINDS: "dynamic" takes room as it is written, "fixed" all of it at once. `size` may only be
-    None with a `parent`, whose size it is then. Raises DiskError for what cannot be made, OSError if the medium fails.
+    `kind` is "dynamic", which takes room as it is written, "fixed", which takes all of it at once, or "differencing".
+    `size` may only be None with a `parent`, whose size it is then. Raises DiskError for what cannot be made, OSError
+    if the medium fails.
     """
     form = known(path, format)
     kind = kind or ("differencing" if parent is not None else "dynamic")
@@ -148,6 +150,9 @@ def new_image(
             if kind == "fixed":
                 file.allocate(file.size())
             yield disk
+        except BaseException:
+            file.close()  # before the disk, which would wait until all that is thrown away now is stored
+            raise
         finally:
             disk.close()
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from devices.storage.file import HostFile
 from tests.fakes.disk_cli import disk, files, refusal, tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +133,33 @@ def test_a_converted_disk_reads_the_same(capsys: pytest.CaptureFixture[str]) -> 
     assert disk("convert", "disc.iso", "c.img") == 0
     assert Path("c.img").read_bytes() == data
     assert tree(capsys, "diff", "a.img", "c.img")["same"]
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "device").write_bytes(b"old!" * (1 << 18))
+    made = subprocess.run(["losetup", "-f", "--show", "device"], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+@pytest.mark.skipif(shutil.which("losetup") is None, reason="no losetup")
+def test_a_disk_is_converted_onto_a_block_device_and_back(loop_device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = os.urandom(300 << 10) + bytes(300 << 10) + os.urandom(424 << 10)
+    Path("a.img").write_bytes(data)
+    Path("large.img").write_bytes(bytes(2 << 20))
+    assert "will be lost: add --force" in refusal(capsys, "convert", "a.img", loop_device)
+    assert "is too small" in refusal(capsys, "convert", "large.img", loop_device, "--force")
+    assert "leave the other options out" in refusal(
+        capsys, "convert", "a.img", loop_device, "--force", "--kind", "fixed"
+    )
+    assert "only convert writes to one" in refusal(capsys, "create", loop_device, "1M", "--force")
+    assert disk("convert", "a.img", loop_device, "--force") == 0
+    assert disk("convert", loop_device, "b.img") == 0
+    assert Path("b.img").read_bytes() == data
+    assert disk("diff", loop_device, "a.img") == 0
 
 
 def test_differences_are_listed_and_make_the_status(capsys: pytest.CaptureFixture[str]) -> None:
