@@ -34,6 +34,7 @@ from enlightenments.tlfs import (
     status_name,
 )
 from pyvmm.core import _hot
+from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.memory import PAGE_SIZE, GuestMemoryError
 
 TYPE_CHECKING = False
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from enlightenments.ports import MessageHandler
     from enlightenments.selection import Selection
     from pyvmm.core._hot import SynIC
+    from pyvmm.core.kvm.vm import Vm as KvmVm
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import Tracer
 
@@ -100,6 +102,8 @@ class Partition(Ports):
         self.vp_count = vp_count
         self.chosen = chosen
         self.doorbells = _hot.Doorbells()
+        self._kvm: KvmVm | None = None
+        self._in_kernel: dict[int, int] = {}  # eventfds of the connections that KVM knows
         self.synics: list[_hot.SynIC] = []
         self.reference: _hot.ReferenceTime | None = None
         self._memory = memory
@@ -412,12 +416,29 @@ class Partition(Ports):
         handler = self._hypercalls.message_ports.get(connection_id)
         return handler is not None and handler(message_type, payload)
 
+    def ring_in_kernel(self, vm: KvmVm) -> None:
+        """Have KVM itself write to the eventfds of ports that are connected from now on, as far as it can.
+
+        Such signals are no exits, so nobody counts them; where hypercalls are traced they go on as before.
+        """
+        if not self._tracer.hypercall:
+            self._kvm = vm
+
     def connect_event_port(self, connection_id: int, eventfd: int) -> None:
         """See `Ports`."""
         self.doorbells.connect(connection_id, eventfd)
+        if self._kvm is not None:
+            try:
+                self._kvm.connect_eventfd(hypercall_page.PORT_SIGNAL, connection_id, eventfd)
+            except KvmError:  # too many: the signal leaves the guest, and `doorbells` has it
+                return
+            self._in_kernel[connection_id] = eventfd
 
     def disconnect_event_port(self, connection_id: int) -> None:
         """See `Ports`."""
+        eventfd = self._in_kernel.pop(connection_id, None)
+        if self._kvm is not None and eventfd is not None:
+            self._kvm.connect_eventfd(hypercall_page.PORT_SIGNAL, connection_id, eventfd, connect=False)
         self.doorbells.disconnect(connection_id)
 
     def post_message(self, vp: int, sint: int, message_type: int, payload: bytes) -> bool:

@@ -140,6 +140,7 @@ class Machine:
             self._start_vp,
             hypervisor,
         )
+        self.partition.ring_in_kernel(self._vm)
         assert self._disks is not None
         self.board = Board(
             self.memory,

@@ -20,6 +20,7 @@ enum {
 	// mode, one for all others.
 	PORT_HYPERCALL_64 = 0xea,
 	PORT_HYPERCALL_32 = 0xeb,
+	PORT_SIGNAL = 0xec, // 64-bit HvSignalEvent, unless KVM knows the connection
 	PORT_POST_CODE = 0x80, // written as a short delay too
 	PORT_IO_DELAY = 0xed,
 
@@ -177,6 +178,12 @@ static bool on_io(VpObject *self, struct gil *gil)
 			return true;
 		if ((port == PORT_HYPERCALL_64 || port == PORT_HYPERCALL_32) && self->hypercalls_enabled)
 			return hot_vp_hypercall(self, gil, port == PORT_HYPERCALL_64);
+		if (port == PORT_SIGNAL && run->io.size == 4 && self->hypercalls_enabled) {
+			if (!hot_vp_hypercall(self, gil, true))
+				return false;
+			run->s.regs.regs.rax += run->s.regs.regs.rdx; // which the page takes off again
+			return true;
+		}
 	}
 	uint8_t *data = (uint8_t *)run + run->io.data_offset;
 	PyEval_RestoreThread(gil->saved);

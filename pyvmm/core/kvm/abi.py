@@ -179,6 +179,22 @@ class IrqLevel(ctypes.Structure):
     _fields_ = [("irq", c_uint32), ("level", c_uint32)]
 
 
+IOEVENTFD_DATAMATCH, IOEVENTFD_PIO, IOEVENTFD_DEASSIGN = 1, 2, 4
+
+
+class IoEventFd(ctypes.Structure):
+    """struct kvm_ioeventfd."""
+
+    _fields_ = [
+        ("datamatch", c_uint64),
+        ("addr", c_uint64),
+        ("len", c_uint32),
+        ("fd", ctypes.c_int32),
+        ("flags", c_uint32),
+        ("pad", c_uint8 * 36),
+    ]
+
+
 class MpState(ctypes.Structure):
     """struct kvm_mp_state."""
 
@@ -291,6 +307,7 @@ for _structure, _size in (
     (EnableCap, 104),
     (PitConfig, 64),
     (IrqLevel, 8),
+    (IoEventFd, 64),
     (MpState, 4),
     (DeviceAttr, 24),
     (VcpuEvents, 64),
@@ -313,6 +330,7 @@ SET_TSS_ADDR = ioc(_NONE, 0x47, 0)
 SET_IDENTITY_MAP_ADDR = ioc(_WRITE, 0x48, 8)
 CREATE_IRQCHIP = ioc(_NONE, 0x60, 0)
 IRQ_LINE = ioc(_WRITE, 0x61, ctypes.sizeof(IrqLevel))
+IOEVENTFD = ioc(_WRITE, 0x79, ctypes.sizeof(IoEventFd))
 CREATE_PIT2 = ioc(_WRITE, 0x77, ctypes.sizeof(PitConfig))
 GET_REGS = ioc(_READ, 0x81, ctypes.sizeof(Regs))
 SET_REGS = ioc(_WRITE, 0x82, ctypes.sizeof(Regs))

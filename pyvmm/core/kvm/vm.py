@@ -72,6 +72,14 @@ class Vm:
         request.ranges[0].bitmap = ctypes.cast(bitmap, ctypes.POINTER(ctypes.c_uint8))
         ioctl(self.fd, abi.X86_SET_MSR_FILTER, request)
 
+    def connect_eventfd(self, port: int, value: int, eventfd: int, connect: bool = True) -> None:
+        """Have KVM write to `eventfd` when the guest writes the 32-bit `value` to `port`, instead of leaving the guest.
+
+        With `connect` false, no more. Raises KvmError, with ENOSPC when there are too many.
+        """
+        flags = abi.IOEVENTFD_DATAMATCH | abi.IOEVENTFD_PIO | (0 if connect else abi.IOEVENTFD_DEASSIGN)
+        ioctl(self.fd, abi.IOEVENTFD, abi.IoEventFd(datamatch=value, addr=port, len=4, fd=eventfd, flags=flags))
+
     def create_vp(self, index: int) -> Vp:
         """Make VP `index`, whose APIC id is `index` too."""
         return Vp(ioctl(self.fd, abi.CREATE_VCPU, index), index, self._run_size)
