@@ -57,7 +57,8 @@ class Measured:
 
 def write_image(path: Path, size: int) -> None:
     """Make a raw image of `size` bytes as the guest wants it: each block full of its own number."""
-    with path.open("wb") as file:
+    # Large writes, for the page cache keeps in large pieces what comes in large pieces, and reads those faster.
+    with path.open("wb", buffering=1 << 20) as file:
         for block in range(size // BLOCK):
             file.write(block.to_bytes(8, "little") * (BLOCK // 8))
 
