@@ -69,6 +69,8 @@ class Reservations:
         self._lock = threading.Lock()
         self._attend: dict[bytes, Callable[[Sense], None]] = {}
         self._on_change: dict[bytes, Callable[[], None]] = {}
+        #: What is to be told once the lock is free: whoever hears of it may wait for commands, and those for us.
+        self._notices: list[tuple[bytes, Sense]] = []
         self._generation = 0
         self._keys: dict[bytes, int] = {}
         self._holder: bytes | None = None
@@ -159,6 +161,11 @@ class Reservations:
         return plan
 
     def _changed(self) -> None:
+        with self._lock:
+            notices, self._notices = self._notices, []
+        for nexus, sense in notices:
+            if nexus in self._attend:
+                self._attend[nexus](sense)
         for on_change in list(self._on_change.values()):
             on_change()
 
@@ -259,9 +266,7 @@ class Reservations:
         return [other for other in self._keys if other != nexus]
 
     def _tell(self, nexuses: list[bytes], sense: Sense) -> None:
-        for nexus in nexuses:
-            if nexus in self._attend:
-                self._attend[nexus](sense)
+        self._notices += [(nexus, sense) for nexus in nexuses]
 
     # State ----------------------------------------------------------------------------------------------
 

@@ -299,6 +299,18 @@ def test_own_reservation_can_be_changed_by_preempting_oneself(hosts: tuple[Host,
     assert a.keys == [1] and a.reservation == (1, 3)
 
 
+def test_others_are_told_when_nothing_is_locked(hosts: tuple[Host, Host, Host]) -> None:
+    a, b, _ = hosts
+    register((a, 1), (b, 2))
+    # Whoever hears of it may at once have commands judged by the same reservations.
+    heard: list[bool] = []
+    reservations = a.target.reservations
+    reservations.join(b.nexus, lambda sense: heard.append(reservations.conflict(b.nexus, WRITE)), lambda: None)
+    a.out(RESERVE, 1, kind=3)
+    assert a.out(PREEMPT, 1, 2, kind=3) == GOOD
+    assert heard == [True]
+
+
 # Reports ------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +17,9 @@ from devices.synthetic.storvsp import inquiry
 from devices.synthetic.storvsp.lun import Lun, Outcome
 from devices.synthetic.storvsp.scsi import Target
 from tests.fakes.disks import MemoryDisk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SIZE = 1 << 20
 BLOCKS = SIZE // 512
@@ -547,6 +550,19 @@ def test_lba_status_is_bounded_however_fragmented_the_disk() -> None:
     room = 1 << 20
     found = lba_status(Initiator(disk), 0, room)
     assert len(found) == 1024 and found[-1] == (1023, 1, 1)
+
+
+def test_lba_status_looks_at_a_bounded_number_of_extents() -> None:
+    disk = MemoryDisk(0)
+    disk.size = 1 << 40
+
+    def many(offset: int, length: int) -> Iterator[Extent]:
+        for number in range(1 << 17):
+            assert number <= 1 << 16, "an answer must not take this long"
+            yield Extent(number * 512, 512, DATA)
+
+    disk.layer_extents = many  # type: ignore[method-assign]
+    assert lba_status(Initiator(disk), 0) == [(0, 1 << 16, 0)]
 
 
 def test_run_longer_than_its_field_is_told_in_pieces() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +236,23 @@ def test_a_command_over_the_limit_waits_and_holds_up_nothing_else(make: Any) -> 
     assert limited.driver.finish(limited.requests[2]).srb_status == SUCCESS
     latency = limited.rig.vsp.inspect()["luns"]["0"]["latency_us"]["read"]
     assert latency == {"1": 2, "131072": 1}
+
+
+def test_bytes_are_limited_as_they_are_moved_and_holes_move_none(make: Any) -> None:
+    clock = ManualClock()
+    rig = make({}, clock=clock)
+    rig.vsp.add_disk(0, MemoryDisk(SIZE), Limits(bandwidth=64 << 10))
+    driver = rig.driver
+    driver.poke(bytes(512))
+    hole = struct.pack(">BBQIxx", 0x93, 0x08, 0, 2048)  # WRITE SAME with UNMAP
+    for _ in range(3):
+        assert driver.finish(driver.start(hole, 512, WRITE_TYPE)).srb_status == SUCCESS
+    assert driver.read(read10(0, 32), 16384).srb_status == SUCCESS
+    late = driver.start(read10(0, 1), 512, READ_TYPE)
+    assert driver.command(TEST_UNIT_READY).srb_status == SUCCESS and late not in driver._done
+    clock.advance(SECOND)
+    rig.vsp.workers[0].run(lambda: None)
+    assert driver.finish(late).srb_status == SUCCESS
 
 
 @pytest.mark.parametrize("what", ["pause", "remove", "reset bus"])

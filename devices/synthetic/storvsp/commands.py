@@ -14,7 +14,7 @@ from devices.storage.cdb import Op, op_name
 from devices.storage.sense import CAPACITY_CHANGED, INVALID_FIELD_IN_CDB, LUN_NOT_SUPPORTED, ScsiStatus
 from devices.synthetic.storvsp import inquiry, protocol
 from devices.synthetic.storvsp.lane import Lane
-from devices.synthetic.storvsp.lun import Lun, Outcome, failed, fill, first
+from devices.synthetic.storvsp.lun import Lun, Outcome, failed, fill, first, makes_hole
 from devices.synthetic.storvsp.protocol import NtStatus, ScsiRequest, SrbStatus
 from devices.synthetic.storvsp.tasks import Task, Tasks
 from devices.vmbus.packets import PACKET_GPA_DIRECT, ChannelViolation, completion, gpa_direct_ranges
@@ -183,7 +183,7 @@ class Commands:
         command.run = lambda: lane.submit(lambda: self._carry_out(command, lun, plan))
         start = command.started
         if lun.limits is not None and isinstance(plan, plans.Read | plans.Write | plans.Verify | plans.Fill):
-            start = lun.limits.take(start, plan.length)
+            start = lun.limits.take(start, 0 if makes_hole(plan) else plan.length)
         if start > command.started:
             self._tasks.delay(command, lambda action: command.channel.worker.call_at(start, action))
         else:

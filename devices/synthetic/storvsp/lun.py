@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from devices.storage import plans
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _FILL_CHUNK = 1 << 20
 #: What one GET LBA STATUS may tell, so that none takes long; initiators go on where an answer ends.
 MAX_LBA_STATUS_BYTES = 16 << 10
+_MAX_EXTENTS = 1 << 16
 _MAX_RUN = 0xFFFF_FFFF
 
 
@@ -158,8 +160,13 @@ def _carry_out(plan: plans.Plan, disk: Disk | None, buffer: Sequence[memoryview]
     return Outcome()
 
 
+def makes_hole(plan: plans.Plan) -> bool:
+    """Whether a plan asks for zeros that need not be stored."""
+    return isinstance(plan, plans.Fill) and plan.discard and not any(plan.block)
+
+
 def _fill(disk: Disk, plan: plans.Fill) -> None:
-    if plan.discard and not any(plan.block):
+    if makes_hole(plan):
         disk.write_zeros(plan.offset, plan.length)
         return
     pattern = memoryview(plan.block * (min(plan.length, _FILL_CHUNK) // len(plan.block)))
@@ -176,7 +183,7 @@ def lba_status(disk: Disk, offset: int, room: int) -> bytes:
     runs: list[list[int]] = []  # first block, blocks, provisioning status: 0 mapped, 1 deallocated
     limit = min(room - 8, MAX_LBA_STATUS_BYTES) // 16
     at = offset // block
-    for extent in disk.extents(offset, disk.size - offset) if limit > 0 else ():
+    for extent in islice(disk.extents(offset, disk.size - offset), _MAX_EXTENTS if limit > 0 else 0):
         end, status = extent.offset + extent.length, int(extent.kind == ZERO)
         # A block that is stored in part is stored.
         until = end // block if status else -(-end // block)
