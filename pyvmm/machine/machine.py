@@ -276,6 +276,7 @@ class Machine:
                     self.partition,
                     self.memory,
                     self._disks.controllers(),
+                    self._disks.ide(),
                     self._tracer,
                     self._log,
                     self._clock,

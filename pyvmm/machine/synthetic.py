@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from devices.synthetic.ic.heartbeat import Heartbeat
 from devices.synthetic.ic.shutdown import Shutdown
 from devices.synthetic.ic.timesync import TimeSync
+from devices.synthetic.storvsp.ide import IdeAccelerator
 from devices.synthetic.storvsp.qos import Limits
 from devices.synthetic.storvsp.vsp import StorVsp, subchannels_for
 from devices.vmbus.bus import VmBus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from devices.storage.backend import Disk
@@ -43,6 +44,7 @@ class SyntheticDevices:
         partition: Partition,
         memory: GuestMemory,
         controllers: dict[int, dict[int, Slot]],
+        ide_disks: Mapping[tuple[int, int], Disk],
         tracer: Tracer,
         log: GuestLog,
         clock: Clock,
@@ -60,6 +62,9 @@ class SyntheticDevices:
         self._controllers: dict[int, StorVsp] = {}
         for index, slots in controllers.items():
             self._add_controller(index, slots.values())
+        for (channel, unit), disk in ide_disks.items():
+            if not disk.optical:  # CDs are the IDE controller's alone, as on Hyper-V
+                self.bus.add_device(IdeAccelerator(channel, unit, disk))
 
     def change_disc(self, slot: Slot, disc: Disk | None, force: bool) -> Disk | None:
         """Change what is in a CD or DVD drive; see `StorVsp.change_disc`."""

@@ -65,11 +65,13 @@ class Command(Task):
 class Commands:
     """Carries out the commands for the logical units in `luns`, by number; `name` is the controller's.
 
+    The units are on path 0 and target 0, or on whatever the guest takes for these if `any_target`.
     `execute` and `reset` run on the channel's worker.
     """
 
-    def __init__(self, name: str, make_lane: Callable[[str, int], Lane] = Lane) -> None:
+    def __init__(self, name: str, make_lane: Callable[[str, int], Lane] = Lane, any_target: bool = False) -> None:
         self.name = name
+        self._any_target = any_target
         self.luns: dict[int, Lun] = {}
         self.bus: VmBus
         self._make_lane = make_lane
@@ -132,7 +134,7 @@ class Commands:
             request = protocol.parse_scsi_request(body)
         except ValueError as error:
             raise ChannelViolation(str(error)) from None
-        lun = self.luns.get(request.lun) if request.path == request.target == 0 else None
+        lun = self.luns.get(request.lun) if self._addressed(request) else None
         buffer = self._buffer(packet, request)
         command = Command(channel, lun, transaction_id, len(body), request, buffer, self.bus.clock.now_ns())
         if request.cdb[0] == Op.REPORT_LUNS:
@@ -148,6 +150,9 @@ class Commands:
             except BaseException:
                 self._tasks.done(command)
                 raise
+
+    def _addressed(self, request: ScsiRequest) -> bool:
+        return self._any_target or request.path == request.target == 0
 
     def _buffer(self, packet: Packet, request: ScsiRequest) -> list[memoryview]:
         buffer: list[memoryview] = []
@@ -217,7 +222,7 @@ class Commands:
             return failed(INVALID_FIELD_IN_CDB)
         luns: list[int] = []
         # Select report 1 asks for well-known logical units alone, which we have none of.
-        if request.path == request.target == 0 and request.cdb[2] != 1:
+        if self._addressed(request) and request.cdb[2] != 1:
             luns = sorted(self.luns)
         data = (
             (8 * len(luns)).to_bytes(4, "big") + bytes(4) + b"".join(lun.to_bytes(2, "big") + bytes(6) for lun in luns)

@@ -64,6 +64,8 @@ class StorVsp(Vsp):
     """
 
     interface_id = uuid.UUID(protocol.INTERFACE_TYPE)
+    #: Whether path and target of a request say nothing, because there is one target only.
+    any_target = False
 
     def __init__(
         self,
@@ -73,8 +75,8 @@ class StorVsp(Vsp):
         max_version: int = protocol.WIN10,
         make_lane: Callable[[str, int], Lane] = Lane,
     ) -> None:
-        super().__init__(f"scsi{index}")
-        self.instance_id = uuid.uuid5(_NAMESPACE, self.name)
+        super().__init__(self.name_of(index))
+        self.instance_id = self.instance_of(index)
         self.offer_order = index
         self.max_subchannels = max_subchannels
         self.worker_count = 1 + max_subchannels
@@ -83,12 +85,22 @@ class StorVsp(Vsp):
         self._nexus = bytes((0x30 | self.instance_id.bytes[0] & 0xF,)) + self.instance_id.bytes[1:8]
         self._state = _BEGIN
         self._version = 0
-        self._commands = Commands(self.name, make_lane)
+        self._commands = Commands(self.name, make_lane, self.any_target)
         self._channels: dict[int, Channel] = {}
         # Guards the handshake's state and the channels.
         self._lock = threading.Lock()
         for lun, disk in disks.items():
             self._attach(lun, self._unit(lun, disk, None))
+
+    @staticmethod
+    def name_of(index: int) -> str:
+        """The name of a controller."""
+        return f"scsi{index}"
+
+    @staticmethod
+    def instance_of(index: int) -> uuid.UUID:
+        """The instance id of a controller's offer."""
+        return uuid.uuid5(_NAMESPACE, f"scsi{index}")
 
     def attached(self, bus: VmBus, workers: Sequence[Worker]) -> None:
         """The controller is on `bus`."""
