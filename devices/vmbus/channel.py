@@ -150,6 +150,7 @@ class Channel:
 
     def inspect(self) -> dict[str, Any]:
         """Return live state as plain JSON data."""
+        engine = self.engine
         return {
             "id": self.id,
             "subchannel": self.subchannel_index,
@@ -159,6 +160,7 @@ class Channel:
             "pending": len(self._pending),
             "held": self._held,
             "broken": self.broken,
+            "engine": engine and ("io_uring" if engine.io_uring else "synchronous"),
             **self._count(),
         }
 

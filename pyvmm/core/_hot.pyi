@@ -187,7 +187,7 @@ class StorageQueue:
     def set_disk(self, lun: int, disk: FastDisk | None, /) -> None:
         """Serve the disk of a LUN (0 to 63) from now on, or leave it to Python; any thread.
 
-        Returns once nothing is under way, so the disk before is no longer used.
+        Returns once the queue uses the disk before no longer.
         """
 
     def set_target(self, synic: SynIC | None, sint: int, flag: int, /) -> None:

@@ -332,7 +332,9 @@ class PipeRig(Rig):
 
     def __init__(self) -> None:
         self.source, self.sink = os.pipe()
-        super().__init__(self.source, 1 << 20)
+        self.table = BlockTable(1)
+        self.table.set(0, PRESENT)
+        super().__init__(self.source, 1 << 20, table=self.table, block_size=MIB, chunk_ratio=1)
 
     def start(self, number: int = 1) -> None:
         self.send(number, read10(0, 8), 4096, READ_TYPE, 100 + number)
@@ -393,7 +395,7 @@ def test_waiting_ends_with_what_is_under_way_and_not_before(pipe: PipeRig, how: 
         "quiesce": pipe.queue.quiesce,
         "set_disk": lambda: pipe.queue.set_disk(0, None),
         "close": pipe.disk.close,
-        "table": BlockTable(1).drain,
+        "table": pipe.table.drain,
     }[how]
     pipe.start()
     waiting, ended = threading.Event(), threading.Event()
@@ -411,6 +413,18 @@ def test_waiting_ends_with_what_is_under_way_and_not_before(pipe: PipeRig, how: 
     thread.join(30)
     assert ended.is_set()
     assert pipe.memory.read(101 * PAGE_SIZE, 4096) == b"p" * 4096
+
+
+def test_nobody_waits_for_another_disk(pipe: PipeRig, fd: int) -> None:
+    other = FastDisk(fd, 64 * 512, 512, True)
+    pipe.queue.set_disk(1, other)
+    pipe.start()
+    pipe.queue.set_disk(2, other)
+    BlockTable(1).drain()
+    other.close()
+    pipe.queue.set_disk(1, None)
+    assert pipe.run() == (0, [], []) and pipe.answers() == []
+    pipe.let_go()
 
 
 def test_quiesce_returns_what_was_not_sent(pipe: PipeRig) -> None:

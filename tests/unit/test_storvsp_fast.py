@@ -393,6 +393,7 @@ def test_counts_of_a_channel_include_what_its_engine_did(make: Any, tmp_path: Pa
     for _ in range(10):
         assert driver.read(read10(0, 8), 4096).srb_status == 1
     (after,) = rig.bus.inspect()["channels"]
+    assert after["engine"] == "io_uring"
     assert after["packets_in"] - before["packets_in"] == after["packets_out"] - before["packets_out"] == 10
     assert engine_of(rig).inspect()["packets_in"] == 10
     channel_of(driver).close()

@@ -83,7 +83,7 @@ static PyObject *disk_close(FastDiskObject *self, PyObject *Py_UNUSED(ignored))
 {
 	atomic_store(&self->fd, -1);
 	Py_BEGIN_ALLOW_THREADS
-	hot_storage_drain();
+	hot_storage_drain(self);
 	Py_END_ALLOW_THREADS
 	Py_RETURN_NONE;
 }

@@ -90,6 +90,7 @@ typedef struct StorageQueueObject {
 	uint16_t free[STORAGE_SLOTS], done[STORAGE_SLOTS], failed[STORAGE_SLOTS];
 	unsigned free_count, done_count, failed_count;
 	unsigned in_flight; // requests of which the kernel has a part
+	uint16_t in_flight_of[STORAGE_LUNS];
 	bool masked;        // the guest need not signal
 	uint64_t idle_since, watch_ns;
 	unsigned vain; // times that the ring was watched, or not, since it last paid
@@ -108,8 +109,8 @@ struct storage_outcome {
 
 // Called with the lock held, as are the next two.
 void storage_serve(StorageQueueObject *queue, struct storage_outcome *outcome);
-// Waits until the kernel has no request of the queue.
-void storage_finish(StorageQueueObject *queue);
+// Waits until the kernel has no request of the queue for `of`, a disk or its table; for any disk if it is NULL.
+void storage_finish(StorageQueueObject *queue, const void *of);
 void storage_release(StorageQueueObject *queue, uint16_t slot);
 
 void storage_lock_worker(StorageQueueObject *queue);
@@ -119,7 +120,7 @@ void storage_unlock_visitor(StorageQueueObject *queue);
 // Puts a queue on the list of all, or takes it off.
 void storage_enlist(StorageQueueObject *queue);
 void storage_delist(StorageQueueObject *queue);
-// Returns once I/O that any queue began before this call is over. Any thread.
-void hot_storage_drain(void);
+// Returns once I/O that any queue began for `of`, a disk or its table, before this call is over. Any thread.
+void hot_storage_drain(const void *of);
 
 #endif

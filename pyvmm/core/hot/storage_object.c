@@ -43,7 +43,7 @@ static void queue_dealloc(StorageQueueObject *self)
 {
 	Py_BEGIN_ALLOW_THREADS
 	storage_delist(self);
-	storage_finish(self);
+	storage_finish(self, NULL);
 	uring_deinit(&self->uring);
 	Py_END_ALLOW_THREADS
 	for (unsigned i = 0; i < STORAGE_LUNS; i++)
@@ -123,7 +123,7 @@ static PyObject *queue_quiesce(StorageQueueObject *self, PyObject *Py_UNUSED(ign
 {
 	Py_BEGIN_ALLOW_THREADS
 	storage_lock_visitor(self);
-	storage_finish(self);
+	storage_finish(self, NULL);
 	Py_END_ALLOW_THREADS
 	PyObject *failed = take_packets(self, self->failed, &self->failed_count, request_packet);
 	PyObject *unsent = take_packets(self, self->done, &self->done_count, answer_packet);
@@ -140,7 +140,7 @@ static PyObject *queue_drain(StorageQueueObject *self, PyObject *Py_UNUSED(ignor
 {
 	Py_BEGIN_ALLOW_THREADS
 	storage_lock_visitor(self);
-	storage_finish(self);
+	storage_finish(self, NULL);
 	storage_unlock_visitor(self);
 	Py_END_ALLOW_THREADS
 	Py_RETURN_NONE;
@@ -161,7 +161,8 @@ static PyObject *queue_set_disk(StorageQueueObject *self, PyObject *args)
 	FastDiskObject *now = disk == Py_None ? NULL : (FastDiskObject *)Py_NewRef(disk), *before;
 	Py_BEGIN_ALLOW_THREADS
 	storage_lock_visitor(self);
-	storage_finish(self);
+	if (self->disks[lun])
+		storage_finish(self, self->disks[lun]);
 	before = self->disks[lun];
 	self->disks[lun] = now;
 	storage_unlock_visitor(self);

@@ -58,12 +58,12 @@ void storage_delist(StorageQueueObject *queue)
 	pthread_mutex_unlock(&list_lock);
 }
 
-void hot_storage_drain(void)
+void hot_storage_drain(const void *of)
 {
 	pthread_mutex_lock(&list_lock);
 	for (StorageQueueObject *queue = list; queue; queue = queue->next) {
 		storage_lock_visitor(queue);
-		storage_finish(queue);
+		storage_finish(queue, of);
 		storage_unlock_visitor(queue);
 	}
 	pthread_mutex_unlock(&list_lock);
@@ -134,8 +134,10 @@ static void give_to_kernel(StorageQueueObject *queue, struct storage_request *re
 		sqe->len = part->count;
 		sqe->rw_flags = request->durable ? RWF_DSYNC : 0;
 	}
-	if (!request->waiting++)
+	if (!request->waiting++) {
 		queue->in_flight++;
+		queue->in_flight_of[request->lun]++;
+	}
 }
 
 // Reads or writes a part without io_uring. Returns false if the kernel would have to wait for it.
@@ -199,6 +201,7 @@ static void end_part(StorageQueueObject *queue, uint64_t tag, int32_t result)
 		request->failed = true;
 	if (--request->waiting == 0) {
 		queue->in_flight--;
+		queue->in_flight_of[request->lun]--;
 		set_done(queue, request);
 	}
 }
@@ -218,11 +221,23 @@ static void reap(StorageQueueObject *queue)
 		end_part(queue, tag, result);
 }
 
-void storage_finish(StorageQueueObject *queue)
+static bool under_way(const StorageQueueObject *queue, const void *of)
 {
-	if (!queue->in_flight)
+	if (!of || !queue->in_flight)
+		return queue->in_flight;
+	for (unsigned lun = 0; lun < STORAGE_LUNS; lun++) {
+		const FastDiskObject *disk = queue->disks[lun];
+		if (queue->in_flight_of[lun] && (disk == of || disk->table == of))
+			return true;
+	}
+	return false;
+}
+
+void storage_finish(StorageQueueObject *queue, const void *of)
+{
+	if (!under_way(queue, of))
 		return;
-	for (reap(queue); queue->in_flight; reap(queue))
+	for (reap(queue); under_way(queue, of); reap(queue))
 		uring_wait(&queue->uring);
 	// The worker has completions to write now.
 	uint64_t one = 1;

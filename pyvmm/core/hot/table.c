@@ -288,10 +288,10 @@ static PyObject *table_check(BlockTableObject *self, PyObject *args, PyObject *k
 	return result;
 }
 
-static PyObject *table_drain(BlockTableObject *Py_UNUSED(self), PyObject *Py_UNUSED(ignored))
+static PyObject *table_drain(BlockTableObject *self, PyObject *Py_UNUSED(ignored))
 {
 	Py_BEGIN_ALLOW_THREADS
-	hot_storage_drain();
+	hot_storage_drain(self);
 	Py_END_ALLOW_THREADS
 	Py_RETURN_NONE;
 }
