@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from tests.fakes.disks import MemoryDisk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: More for a longer run by hand.
+EXAMPLES = int(os.environ.get("PYVMM_EXAMPLES", "150"))
 SIZE = 1 << 20
 BLOCKS = SIZE // 512
 
@@ -303,8 +306,16 @@ def test_cdb_shorter_than_its_group_is_refused() -> None:
     assert code(initiator.fails(b"")) == (5, 0x20, 0)
 
 
-@settings(deadline=None)
-@given(cdb=st.binary(max_size=16), data=st.binary(max_size=1024), data_in=st.booleans(), readonly=st.booleans())
+#: Anything, and more often commands that exist, with mostly small numbers in them.
+HOSTILE_CDBS = st.binary(max_size=16) | st.builds(
+    lambda op, rest: bytes((op, *rest)),
+    st.sampled_from(list(Op)),
+    st.lists(st.integers(0, 255) | st.sampled_from([0, 1, 8, 16, 24, 255]), min_size=5, max_size=15),
+)
+
+
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(cdb=HOSTILE_CDBS, data=st.binary(max_size=1024), data_in=st.booleans(), readonly=st.booleans())
 def test_any_command_ends_orderly(cdb: bytes, data: bytes, data_in: bool, readonly: bool) -> None:
     initiator = Initiator(MemoryDisk(65536, readonly=readonly))
     before = bytes(initiator.disk.data)

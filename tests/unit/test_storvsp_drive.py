@@ -7,10 +7,13 @@ import threading
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from devices.storage.mmc import MediumLocked
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.storvsc import READ_TYPE, StorVsc
+from tests.unit.test_scsi_target import EXAMPLES, HOSTILE_CDBS
 from tests.unit.test_storvsp import INQUIRY, SIZE, TEST_UNIT_READY, Rig, read10
 from tests.unit.test_storvsp_bus import PATIENCE
 from tests.unit.test_storvsp_bus import Rig as BusRig
@@ -190,3 +193,21 @@ def test_discs_change_under_load_without_a_read_from_a_closed_one(bus_rig: BusRi
     loader.join(PATIENCE)
     assert not loader.is_alive()
     assert seen <= {b"a", b"x", b"y", CHANGED, NO_MEDIUM}
+
+
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(
+    commands=st.lists(
+        st.tuples(HOSTILE_CDBS.filter(bool), st.integers(0, 8192), st.sampled_from([0, 1, 2]), st.integers(0, 2)),
+        max_size=6,
+    )
+)
+def test_any_commands_to_drive_disk_or_nothing_are_answered(commands: list[tuple[bytes, int, int, int]]) -> None:
+    rig = Rig({0: Disc(b"a"), 1: MemoryDisk(8192)})
+    guest = rig.ready()
+    before = bytes(rig.memory.view(0, 16 * 4096))
+    for cdb, size, direction, lun in commands:
+        result = guest.finish(guest.start(cdb, size, direction, lun))
+        assert result.transferred <= size or result.srb_status & 0x80
+        assert (result.srb_status & 0x80 != 0) == (result.scsi_status == 2)
+    assert rig.end.broken is None and rig.memory.view(0, 16 * 4096) == before
