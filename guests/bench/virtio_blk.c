@@ -19,6 +19,7 @@
 #define STATUS_ACKNOWLEDGE 1
 #define STATUS_DRIVER 2
 #define STATUS_DRIVER_OK 4
+#define FEATURE_FLUSH (1u << 9) /* the driver would flush, so the device need not write through */
 #define FEATURE_EVENT_INDEX (1u << 29)
 
 #define NEXT 1
@@ -98,7 +99,7 @@ static bool make_queue(void)
 
 static bool start(u64 *sectors)
 {
-    u32 device;
+    u32 device, features;
 
     if (!pci_find(DEVICE_ID, &device) || !(ports = pci_ports(device, 0))) {
         fail("no virtio-blk on PCI");
@@ -106,8 +107,9 @@ static bool start(u64 *sectors)
     }
     outb(ports + STATUS, 0);
     outb(ports + STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
-    event_index = inl(ports + HOST_FEATURES) & FEATURE_EVENT_INDEX;
-    outl(ports + GUEST_FEATURES, event_index ? FEATURE_EVENT_INDEX : 0);
+    features = inl(ports + HOST_FEATURES) & (FEATURE_FLUSH | FEATURE_EVENT_INDEX);
+    event_index = features & FEATURE_EVENT_INDEX;
+    outl(ports + GUEST_FEATURES, features);
     if (!make_queue()) {
         fail("virtio-blk has a queue of another size");
         return false;
