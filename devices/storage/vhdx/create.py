@@ -81,6 +81,8 @@ def _describe(
         sector, physical = parent.sector_size, parent.physical_sector_size
     if block_size is None:
         block_size = _CHILD_BLOCK if locator and size <= _CHILD_BLOCK_UP_TO else _BLOCK
+    if physical < sector:
+        raise DiskError(f"{file.path}: physical sectors of {physical} bytes are smaller than sectors of {sector}")
     metadata = Metadata(size, block_size, sector, physical, disk_id, kind == "fixed", locator)
     try:
         metadata.check()
