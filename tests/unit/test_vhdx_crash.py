@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from devices.storage.vhdx.create import create
@@ -21,7 +23,7 @@ def test_a_disk_holds_what_was_flushed(kind: str) -> None:
     def make(file: CrashFile) -> VhdxDisk:
         return create(file, SIZE, kind=kind, block_size=MIB)
 
-    check_crashes(make, VhdxDisk, WINDOWS, SIZES)
+    check_crashes(make, VhdxDisk, WINDOWS, SIZES, shrinks=True)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -46,7 +48,7 @@ def test_a_differencing_disk_holds_what_was_flushed(depth: int) -> None:
         assert disk.link.mismatch(disk.parent) == ""
         return disk
 
-    check_crashes(make, reopen, WINDOWS, SIZES)
+    check_crashes(make, reopen, WINDOWS, SIZES, shrinks=True)
 
 
 def open_chain(files: list[CrashFile]) -> VhdxDisk:
@@ -58,3 +60,94 @@ def open_chain(files: list[CrashFile]) -> VhdxDisk:
         disk = above
     assert disk is not None
     return disk
+
+
+def test_storage_is_not_used_again_before_the_table_on_the_medium_forgets_it() -> None:
+    file = CrashFile(Medium())
+    disk = create(file, SIZE, block_size=MIB)
+    disk.write(0, [memoryview(b"old!" * 1024)])
+    disk.flush()
+    disk.trim(0, MIB)
+    disk.write(MIB, [memoryview(b"new!" * 1024)])
+    for seed in range(200):
+        after = VhdxDisk(CrashFile(file.medium.crash(Random(seed))))
+        data = bytearray(4096)
+        after.read(0, [memoryview(data)])
+        assert data.replace(b"old!", b"").strip(b"\0") == b""
+        after.close()
+    disk.flush()
+    before = file.medium.size
+    disk.write(2 * MIB, [memoryview(b"more" * 1024)])
+    assert file.medium.size == before  # and it is used again then
+    disk.close()
+
+
+def test_storage_is_zeroed_before_it_is_used_again_after_a_crash() -> None:
+    """The machine died when a block had storage and data, but not yet in the table; another block gets that storage."""
+    for seed in range(40):
+        rng = Random(seed)
+        file = CrashFile(Medium())
+        disk = create(file, SIZE, block_size=MIB)
+        disk.flush()
+        disk.write(0, [memoryview(b"lost" * 1024)])
+        file = CrashFile(file.medium.crash(rng))
+        disk = VhdxDisk(file)
+        disk.write(MIB, [memoryview(b"new!" * 128)])
+        disk.flush()
+        disk = VhdxDisk(CrashFile(file.medium.crash(rng)))
+        data = bytearray(4096)
+        disk.read(MIB, [memoryview(data)])
+        assert data == b"new!" * 128 + bytes(4096 - 512)
+        disk.close()
+
+
+def test_changes_that_need_many_entries_of_the_log_are_consistent_in_between() -> None:
+    """A sector in each of 300 pages of the bitmaps, in three chunks: more than an entry or the log can hold."""
+    size, places = 12 << 30, range(0, 12 << 30, 40 * MIB)
+    base = CrashFile(Medium(), "base.vhdx")
+    create(base, size, block_size=32 * MIB).close()
+    file = CrashFile(Medium())
+    disk = create(file, size, kind="differencing", block_size=2 * MIB, parent=open_chain([base]))
+    disk.flush()
+    rng = Random(1)
+    left: list[Medium] = []
+    file.on_change = lambda: left.append(file.medium.crash(rng)) if rng.random() < 0.02 else None
+    for generation in (b"1", b"2"):
+        for place in places:
+            disk.write(place, [memoryview(generation * 512)])
+        disk.trim(0, 40 * MIB)
+        disk.flush()
+    file.on_change = lambda: None
+    assert len(left) > 10
+    for medium in left:
+        after = VhdxDisk(CrashFile(medium))
+        after.parent = open_chain([base])
+        data = bytearray(512)
+        for place in places:
+            after.read(place, [memoryview(data)])
+            assert bytes(data) in (bytes(512), b"1" * 512, b"2" * 512)
+        assert after.check_table(1) == []
+        after.close()
+    disk.close()
+
+
+def test_no_data_changes_before_the_version_of_the_disk_does() -> None:
+    """Or else children would not see that their parent is another one."""
+    changed = 0
+    for seed in range(100):
+        rng = Random(seed)
+        file = CrashFile(Medium())
+        disk = create(file, SIZE, kind="fixed", block_size=MIB)
+        version = disk.data_write
+        left: list[Medium] = []
+        file.on_change = lambda file=file, rng=rng, left=left: left.append(file.medium.crash(rng))  # type: ignore[misc]
+        disk.write(0, [memoryview(b"new!" * 128)])
+        for medium in left:
+            after = VhdxDisk(CrashFile(medium, readonly=True))
+            data = bytearray(512)
+            after.read(0, [memoryview(data)])
+            if data != bytes(512):
+                changed += 1
+                assert after.data_write != version
+            after.close()
+    assert changed
