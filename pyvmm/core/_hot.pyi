@@ -157,6 +157,8 @@ class StorageQueue:
     to Python: packets unlike these stay in the ring, and requests that fail come back from `serve`.
     """
 
+    any_target: bool
+    """Whether requests are served whatever their path and target, and not for 0 and 0 only; off at first."""
     io_uring: bool
     """Whether the host has io_uring for us; without it, `serve` waits for each read and write itself."""
 

@@ -179,6 +179,17 @@ def test_a_closed_disk_is_pythons(fd: int) -> None:
     assert rig.run() == (1, [], [])
 
 
+def test_path_and_target_count_unless_there_is_one_target_only(fd: int) -> None:
+    rig = Rig(fd, 64 * 512)
+    packet = scsi_packet(1, read10(3, 1), 512, READ_TYPE, [100], target=1, path=2)
+    rig.to_host.write(packet)
+    assert rig.run() == (1, [], [])
+    rig.queue.any_target = True
+    rig.run()
+    settle(rig)
+    assert rig.answers() == [1]
+
+
 def test_what_is_behind_a_packet_for_python_waits_for_it(fd: int) -> None:
     rig = Rig(fd, 64 * 512)
     rig.send(1, bytes(6), 0, UNKNOWN_TYPE)

@@ -192,6 +192,7 @@ class StorVsp(Vsp):
         fast = {number: lun.fast for number, lun in self._commands.luns.items() if lun.fast is not None}
         if fast and not self.bus.tracer.storvsp:  # which shows every request
             engine = channel.make_engine()
+            engine.any_target = self.any_target
             for number, disk in fast.items():
                 engine.set_disk(number, disk)
             channel.use_engine(engine)

@@ -54,9 +54,8 @@ struct storage_request {
 };
 
 // storage_request.c: whether `request->head` and `packet` are a request that C can carry out; the rest is filled in then.
-// `flushes` says whether flushes and durable writes are among those.
-bool storage_parse(struct storage_request *request, const MemoryObject *memory, FastDiskObject *const disks[],
-		   bool flushes);
+struct StorageQueueObject;
+bool storage_parse(struct storage_request *request, const struct StorageQueueObject *queue);
 // Whether a packet is a SCSI command at all.
 bool storage_is_command(const struct storage_request *request);
 // The completion of a request that went well; its descriptor and payload are returned.
@@ -74,6 +73,7 @@ typedef struct StorageQueueObject {
 	MemoryObject *memory;
 	RingObject *incoming, *outgoing;
 	int doorbell;
+	bool any_target; // path and target of a request say nothing
 	// Whom to interrupt without Python; NULL: serve says so.
 	SynICObject *target;
 	unsigned sint, flag;

@@ -253,6 +253,11 @@ static PyMethodDef queue_methods[] = {
 	{0},
 };
 
+static PyMemberDef queue_members[] = {
+	{"any_target", T_BOOL, offsetof(StorageQueueObject, any_target), 0, NULL},
+	{0},
+};
+
 static PyGetSetDef queue_getset[] = {
 	{"io_uring", (getter)queue_get_io_uring, NULL, NULL, NULL},
 	{0},
@@ -266,5 +271,6 @@ PyTypeObject StorageQueue_Type = {
 	.tp_new = queue_new,
 	.tp_dealloc = (destructor)queue_dealloc,
 	.tp_methods = queue_methods,
+	.tp_members = queue_members,
 	.tp_getset = queue_getset,
 };

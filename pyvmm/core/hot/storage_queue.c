@@ -343,7 +343,7 @@ static enum taken take(StorageQueueObject *queue, uint16_t batch[BATCH], unsigne
 			break;
 		}
 		uint32_t end = ring_copy_out(ring, ring_advance(ring, out, RING_DESCRIPTOR_SIZE), request->packet, rest);
-		if (!storage_parse(request, queue->memory, queue->disks, queue->uring.fd >= 0)) {
+		if (!storage_parse(request, queue)) {
 			// Python answers a reset and its like once there is nothing to reset any more.
 			bool first = !*count && !queue->in_flight;
 			taken = storage_is_command(request) || first ? TAKEN_SLOW : TAKEN_WAITS;

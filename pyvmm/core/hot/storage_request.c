@@ -202,8 +202,7 @@ static bool parse_transfer(struct storage_request *request, const MemoryObject *
 	return count && parse_buffer(request, memory, data_length);
 }
 
-bool storage_parse(struct storage_request *request, const MemoryObject *memory, FastDiskObject *const disks[],
-		   bool flushes)
+bool storage_parse(struct storage_request *request, const StorageQueueObject *queue)
 {
 	uint32_t length;
 	const uint8_t *payload = payload_of(request, &length);
@@ -213,17 +212,17 @@ bool storage_parse(struct storage_request *request, const MemoryObject *memory, 
 		return false;
 	unsigned cdb_length = srb[SRB_CDB_LENGTH];
 	struct command command;
-	if (srb[SRB_PATH] || srb[SRB_TARGET] || srb[SRB_LUN] >= STORAGE_LUNS || !disks[srb[SRB_LUN]] ||
-	    cdb_length > CDB_SIZE_MAX || !parse_cdb(cdb, cdb_length, &command))
+	bool ours = queue->any_target || (!srb[SRB_PATH] && !srb[SRB_TARGET]);
+	FastDiskObject *disk = ours && srb[SRB_LUN] < STORAGE_LUNS ? queue->disks[srb[SRB_LUN]] : NULL;
+	if (!disk || cdb_length > CDB_SIZE_MAX || !parse_cdb(cdb, cdb_length, &command))
 		return false;
-	FastDiskObject *disk = disks[srb[SRB_LUN]];
 	uint64_t blocks = atomic_load(&disk->size) / disk->sector_size;
 	if (atomic_load(&disk->fd) < 0 || command.lba >= blocks || command.blocks > blocks - command.lba)
 		return false;
 	request->kind = command.kind;
 	request->durable = command.kind == STORAGE_FLUSH || (command.kind == STORAGE_WRITE && command.flags & CDB_FUA);
-	// A table's own changes may not be on stable storage yet.
-	if (request->durable && (!flushes || disk->table))
+	// A table's own changes may not be on stable storage yet. Without io_uring Python has threads to wait on.
+	if (request->durable && (queue->uring.fd < 0 || disk->table))
 		return false;
 	request->failed = false;
 	request->lun = srb[SRB_LUN];
@@ -236,7 +235,7 @@ bool storage_parse(struct storage_request *request, const MemoryObject *memory, 
 	uint32_t data_length = le32(srb + SRB_DATA_LENGTH);
 	if (command.kind == STORAGE_FLUSH)
 		return request->head.descriptor.type == PACKET_INBAND && !data_length;
-	return parse_transfer(request, memory, &command, srb[SRB_DIRECTION] != DIRECTION_OUT, data_length);
+	return parse_transfer(request, queue->memory, &command, srb[SRB_DIRECTION] != DIRECTION_OUT, data_length);
 }
 
 void storage_answer(const struct storage_request *request, struct ring_descriptor *descriptor, uint8_t payload[64])
