@@ -17,6 +17,7 @@ import pytest
 
 from devices.storage.file import HostFile
 from devices.storage.images import check_image, open_image
+from devices.storage.merge import merge, open_to_merge
 from devices.storage.vhdx.create import create
 from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import LOG_ENTRY
@@ -155,6 +156,21 @@ def test_a_chain_reads_the_same_to_dissect(tmp_path: Path) -> None:
         fill(disk, number, 8)
         disk.close()
         assert by_dissect(path) == by_us(path)
+
+
+def test_a_merged_parent_and_its_kept_child_read_the_same_to_others(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.vhdx", "b.vhdx", "c.vhdx")]
+    for number, path in enumerate(paths):
+        disk = made(path, paths[number - 1] if number else None)
+        fill(disk, number, 8)
+        disk.close()
+    ours = by_us(paths[2])
+    for _ in range(2):  # a second merge has a parent locator to move that the first one wrote
+        child, base = open_to_merge(str(paths[2]), into=str(paths[0]))
+        merge(child, base)
+        child.close()
+        assert by_us(paths[2]) == by_dissect(paths[2]) == ours
+        assert by_us(paths[0]) == by_qemu(paths[0]) == by_libvhdi(paths[0]) == by_dissect(paths[0]) == ours
 
 
 @pytest.mark.parametrize("options", ["", "subformat=fixed", "block_size=1M,log_size=2M", "block_size=256M"])
