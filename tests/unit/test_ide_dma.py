@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.legacy.ide.ata import COUNTERS
 from devices.storage.cdb import Op
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.ide import BSY, DRQ, ERR, MIB, READY, TABLE, IdeGuest
@@ -66,6 +67,18 @@ def test_the_bus_master_may_be_started_first(guest: IdeGuest, disk: MemoryDisk) 
     guest.command(READ, 3, 1, wide=True)
     assert guest.stop() == INTERRUPT
     assert guest.memory.read(BUFFER, 512) == disk.data[1536:2048]
+
+
+def test_a_transfer_waits_for_a_start_of_its_own(guest: IdeGuest, disk: MemoryDisk) -> None:
+    guest.table((BUFFER, 512))
+    guest.command(READ, 3, 1, wide=True)
+    guest.start()
+    assert guest.status() == READY
+    guest.command(READ, 4, 1, wide=True)  # the start bit of the first one is still set
+    assert guest.alternate() == READY | DRQ
+    guest.stop()
+    guest.start()
+    assert guest.memory.read(BUFFER, 512) == disk.data[2048:2560]
 
 
 def test_a_table_with_room_left_leaves_the_bus_master_active(guest: IdeGuest) -> None:
@@ -191,6 +204,27 @@ def test_trims_beyond_the_end_or_of_another_kind_are_refused(guest: IdeGuest, di
     assert disk.data == before
 
 
+def test_what_was_done_is_counted(guest: IdeGuest, disk: MemoryDisk) -> None:
+    guest.dma(READ, 0, 8, (BUFFER, 4096))
+    guest.dma(WRITE, 0, 2, (BUFFER, 1024))
+    guest.read_sectors(0, 3)
+    guest.command(0xE7)
+    trim(guest, (0, 1))
+    disk.fail = OSError(errno.EIO, "broken")
+    guest.dma(READ, 0, 8, (BUFFER, 4096))
+    found = guest.ide.inspect()["channels"][0]["drives"][0]
+    counted = {name: found[name] for name in COUNTERS}
+    assert counted == {
+        "reads": 2,
+        "writes": 1,
+        "bytes_read": 4096 + 1536,
+        "bytes_written": 1024,
+        "flushes": 1,
+        "trims": 1,
+        "errors": 1,
+    }
+
+
 def test_bus_master_registers_are_there_by_bytes_and_double_words(guest: IdeGuest) -> None:
     guest.pio.write(guest.master + 4, 4, 0x1234_5677)
     assert guest.pio.read(guest.master + 4, 4) == 0x1234_5674
@@ -220,7 +254,7 @@ def drives() -> dict[tuple[int, int], MemoryDisk]:
     return {(0, 0): MemoryDisk(MIB, name="a"), (0, 1): MemoryDisk(64 << 10, name="b"), (1, 0): disc(40)}
 
 
-@settings(max_examples=int(os.environ.get("IDE_EXAMPLES", "150")), deadline=None)
+@settings(max_examples=int(os.environ.get("PYVMM_EXAMPLES", "150")), deadline=None)
 @given(st.lists(ACCESS, max_size=60), st.binary(max_size=64))
 def test_any_accesses_leave_a_controller_that_a_reset_brings_back(
     accesses: list[tuple[str, int, int, int]], table: bytes

@@ -40,6 +40,8 @@ PACKET_SIZE = 12
 #: Transfer modes of SET FEATURES: PIO 0-4 with and without IORDY, multiword DMA 0-2, Ultra DMA 0-2.
 MODES = frozenset((0x00, 0x01, *range(0x08, 0x0D), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42))
 
+COUNTERS = ("reads", "writes", "bytes_read", "bytes_written", "flushes", "trims", "errors")
+
 # Directions of a transfer, as the host sees them.
 NONE, IN, OUT = 0, 1, 2
 # What is left to do with the medium once a command's data, if it has any, is there.
@@ -146,6 +148,8 @@ class Drive:
         self.registers = TaskFile()
         #: The transfer mode that was set last, one of `MODES`.
         self.mode = 0
+        #: What was done on the medium since the start; only the channel's thread counts.
+        self.counters = dict.fromkeys(COUNTERS, 0)
 
     @property
     def medium(self) -> Disk | None:

@@ -141,4 +141,4 @@ class CdDrive(Drive):
         self.mode, self._by_dma, self._block, self._sense = mode, bool(by_dma), block, sense
 
     def inspect(self) -> dict[str, Any]:
-        return {"kind": "cd", **self.drive.inspect(), "mode": f"{self.mode:#04x}"}
+        return {"kind": "cd", **self.drive.inspect(), "mode": f"{self.mode:#04x}", **self.counters}

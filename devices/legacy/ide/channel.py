@@ -215,7 +215,7 @@ class Channel:
         self._transfer = transfer
         if transfer.dma:
             self._device().registers.status = READY | DRQ
-            if self._master_command & _START:
+            if self._master_status & ACTIVE:
                 self._run_dma()
         elif transfer.direction == NONE:
             self._start(NONE, transfer.left)

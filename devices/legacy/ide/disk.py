@@ -83,7 +83,7 @@ class HardDisk(Drive):
 
     def power_on(self) -> None:
         self.translation = self.geometry
-        self.multiple = 0
+        self.multiple = identify.DEFAULT_MULTIPLE
         self.mode = _PIO_DEFAULT
         self.write_cache = True
         self.smart = True
@@ -276,6 +276,7 @@ class HardDisk(Drive):
             "mode": f"{self.mode:#04x}",
             "multiple": self.multiple,
             "write_cache": self.write_cache,
+            **self.counters,
         }
 
 

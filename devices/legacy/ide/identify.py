@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 #: Sectors that one block of a MULTIPLE command may have at most.
 MAX_MULTIPLE = 128
+#: Sectors of a block where no firmware has chosen another number.
+DEFAULT_MULTIPLE = 16
 #: Blocks of 64 ranges that one DATA SET MANAGEMENT command may have.
 MAX_TRIM_BLOCKS = 8
 #: Multiword DMA modes 0-2, Ultra DMA modes 0-2: what a PIIX4 does.
@@ -78,7 +80,7 @@ def disk(drive: HardDisk) -> bytes:
     words[1], words[3], words[6] = drive.geometry
     words.names(drive.serial, "Virtual HD")
     words[47] = 0x8000 | MAX_MULTIPLE
-    words[48] = 0x0001  # the data register may be accessed by double words
+    words[48] = _VALID  # no trusted computing
     words.transfer_modes(drive.mode)
     words[50] = _VALID
     cylinders, heads, per_track = drive.translation

@@ -29,7 +29,7 @@ def carry_out(channel: Channel, job: Job, memory: GuestMemory) -> None:
     """Do `job` and tell the channel how it ended."""
     more = False
     error: Exception | None = None
-    if job.cancelled and job.direction != OUT:
+    if job.cancelled:
         return
     try:
         if job.table is not None:
@@ -40,7 +40,22 @@ def carry_out(channel: Channel, job: Job, memory: GuestMemory) -> None:
         return
     except (OSError, DiskError, CommandError, DmaFailure) as failure:
         error = failure
+        job.drive.counters["errors"] += 1
+    else:
+        _count(job)
     channel.finish(job, more, error)
+
+
+def _count(job: Job) -> None:
+    counters = job.drive.counters
+    if job.offset is not None and job.direction == IN:
+        counters["reads"] += 1
+        counters["bytes_read"] += job.length
+    elif job.offset is not None and job.direction == OUT:
+        counters["writes"] += 1
+        counters["bytes_written"] += job.length
+    elif job.work in (FLUSH, TRIM):
+        counters["flushes" if job.work == FLUSH else "trims"] += 1
 
 
 def _medium(job: Job) -> Disk:
