@@ -77,11 +77,12 @@ static void fake_hypercall(struct kvm_run *run)
 		regs->rdi = output >> 32;
 		regs->rsi = (uint32_t)output;
 	}
-	run->io.port = wide ? 0xea : 0xeb;
+	bool signal = wide && one_in(4);
+	run->io.port = signal ? 0xec : wide ? 0xea : 0xeb;
 	run->io.direction = KVM_EXIT_IO_OUT;
-	run->io.size = 1;
+	run->io.size = signal ? 4 : 1;
 	run->io.count = 1;
-	world.answered = wide ? CALL_64 : CALL_32;
+	world.answered = signal ? SIGNAL : wide ? CALL_64 : CALL_32;
 	world.hypercalls++;
 }
 
@@ -93,8 +94,8 @@ static void fake_io(struct kvm_run *run)
 		fake_hypercall(run);
 		return;
 	}
-	static const uint16_t ports[] = {0x80, 0xea, 0xeb, 0xed, 0x3f8};
-	run->io.port = one_in(4) ? (uint16_t)draw() : ports[below(5)];
+	static const uint16_t ports[] = {0x80, 0xea, 0xeb, 0xec, 0xed, 0x3f8};
+	run->io.port = one_in(4) ? (uint16_t)draw() : ports[below(6)];
 	run->io.direction = (uint8_t)below(2);
 	run->io.size = (uint8_t)(1u << below(3));
 	run->io.count = one_in(8) ? (uint32_t)(1 + below(IO_DATA / run->io.size)) : 1;
@@ -119,8 +120,10 @@ static void check_answer(const struct kvm_run *run)
 	const struct kvm_regs *regs = &run->s.regs.regs;
 	if (world.answered == MSR && run->msr.error > 1)
 		fail("an MSR access was not answered");
-	if ((world.answered == CALL_32 || world.answered == CALL_64) && run->kvm_dirty_regs) {
-		uint64_t result = world.answered == CALL_64 ? regs->rax : regs->rdx << 32 | regs->rax;
+	if (world.answered >= CALL_32 && run->kvm_dirty_regs) {
+		uint64_t result = world.answered == CALL_32 ? regs->rdx << 32 | regs->rax : regs->rax;
+		if (world.answered == SIGNAL)
+			result -= regs->rdx; // as the hypercall page does
 		if ((result & 0xffffffff) >= 0x100 || result >> 32 > (world.control >> 32 & 0xfff))
 			fail("a hypercall has a result that no hypercall has");
 	}

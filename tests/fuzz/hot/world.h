@@ -29,7 +29,7 @@ struct world {
 	unsigned budget; // exits until the run ends
 	bool timer_made;
 	uint64_t timer_due; // reference time; 0 while the host's timer is not armed
-	enum { NOTHING, MSR, CALL_32, CALL_64 } answered; // what the last exit asked for
+	enum { NOTHING, MSR, CALL_32, CALL_64, SIGNAL } answered; // what the last exit asked for
 	uint64_t control;
 	uint64_t exits, hypercalls, requests;
 };
