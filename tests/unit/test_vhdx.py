@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import threading
 from itertools import count
 from pathlib import Path
@@ -17,6 +19,7 @@ from devices.storage.vhdx.disk import VhdxDisk
 from devices.storage.vhdx.format import Layout, guid, guid_text
 from devices.storage.vhdx.metadata import locator_changes
 from pyvmm.core._hot import crc32c
+from tests.fakes.crash import CrashFile, Medium
 from tests.fakes.disks import check_disk
 
 if TYPE_CHECKING:
@@ -361,3 +364,88 @@ def test_a_parent_locator_moves_where_there_is_room_for_a_longer_one(tmp_path: P
     assert child.metadata.locator == locator
     assert child.metadata.size == 8 * MIB
     child.close()
+
+
+def test_c_code_reaches_the_data_and_writes_once_the_session_has_begun(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    made(path).close()
+    disk = opened(path)
+    fast = disk.fast
+    assert fast is not None and not fast.writable and fast.size == 8 * MIB
+    write(disk, 0, b"x" * 512)
+    assert fast.writable
+    disk.resize(16 * MIB)
+    assert disk.fast is fast and fast.size == 16 * MIB
+    disk.resize(300 << 30)  # which takes another table
+    assert disk.fast is not fast and disk.fast is not None and disk.fast.writable
+    disk.close()
+    assert disk.fast is None
+    disk = opened(path, readonly=True)
+    write_less = disk.fast
+    assert write_less is not None and not write_less.writable
+    disk.close()
+
+
+def test_a_flush_serves_all_that_waited_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = made(tmp_path / "disk.vhdx")
+    write(disk, 0, b"x" * 512)
+    flushed, begun, go_on = [], threading.Event(), threading.Event()
+    flush = disk.file.flush
+
+    def slow() -> None:
+        flushed.append(1)
+        begun.set()
+        assert go_on.wait(30)
+        flush()
+
+    disk.flush()
+    monkeypatch.setattr(disk.file, "flush", slow)
+    threads = [threading.Thread(target=disk.flush)]
+    threads[0].start()
+    assert begun.wait(30)
+    # These come too late for the first one; one more does for all of them.
+    waiting = threading.Barrier(5)
+
+    def late() -> None:
+        waiting.wait(30)
+        disk.flush()
+
+    threads += [threading.Thread(target=late) for _ in range(4)]
+    for thread in threads[1:]:
+        thread.start()
+    waiting.wait(30)
+    write(disk, 512, b"y" * 512)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert 2 <= len(flushed) <= 5
+    monkeypatch.undo()
+    disk.close()
+
+
+def test_what_is_flushed_after_a_failed_resize_is_durable_or_refused(tmp_path: Path) -> None:
+    """Which log counts may be open then, and changes of the table would go to the wrong one."""
+    refused = 0
+    for steps in range(60):
+        file = CrashFile(Medium())
+        disk = create(file, 8 * MIB, block_size=MIB)
+        for block in range(8):
+            write(disk, block * MIB, b"x" * 4096)
+        disk.flush()
+        file.fail_after(steps, errno.EIO)
+        try:
+            disk.resize(6 * MIB)
+        except OSError:
+            pass
+        file.fail_after(-1, 0)
+        disk.write_zeros(MIB, MIB)
+        try:
+            disk.flush()
+        except OSError:
+            refused += 1
+            continue
+        for seed in range(8):
+            after = VhdxDisk(CrashFile(file.medium.crash(random.Random(seed))))
+            assert content(after, 0, 4096) == b"x" * 4096
+            assert content(after, MIB, 4096) == bytes(4096)
+    assert 0 < refused < 50

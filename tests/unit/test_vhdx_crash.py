@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,9 @@ from devices.storage.vhdx.create import create
 from devices.storage.vhdx.disk import VhdxDisk
 from tests.fakes.crash import CrashFile, Medium
 from tests.fakes.crash_check import check_crashes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MIB = 1 << 20
 #: The borders of blocks of 1 MiB, of a page of the bitmap (16 MiB), and the end of the disk.
@@ -102,23 +106,28 @@ def test_storage_is_zeroed_before_it_is_used_again_after_a_crash() -> None:
 
 
 def test_changes_that_need_many_entries_of_the_log_are_consistent_in_between() -> None:
-    """A sector in each of 300 pages of the bitmaps, in three chunks: more than an entry or the log can hold."""
-    size, places = 12 << 30, range(0, 12 << 30, 40 * MIB)
+    """A sector in each of 250 pages of the bitmaps, so that the second entry of the log ends within the BAT."""
+    size, places = 10_000 * MIB, range(0, 10_000 * MIB, 40 * MIB)
     base = CrashFile(Medium(), "base.vhdx")
     create(base, size, block_size=32 * MIB).close()
-    file = CrashFile(Medium())
-    disk = create(file, size, kind="differencing", block_size=2 * MIB, parent=open_chain([base]))
-    disk.flush()
     rng = Random(1)
     left: list[Medium] = []
-    file.on_change = lambda: left.append(file.medium.crash(rng)) if rng.random() < 0.02 else None
+
+    class File(CrashFile):
+        def write(self, offset: int, views: Sequence[memoryview]) -> None:
+            super().write(offset, views)
+            # With an entry of the log just written, and now and then else.
+            left.extend(self.medium.crash(rng) for _ in range(8 if MIB <= offset < 2 * MIB else rng.random() < 0.02))
+
+    file = File(Medium())
+    disk = create(file, size, kind="differencing", block_size=2 * MIB, parent=open_chain([base]))
+    disk.flush()
     for generation in (b"1", b"2"):
         for place in places:
             disk.write(place, [memoryview(generation * 512)])
         disk.trim(0, 40 * MIB)
         disk.flush()
-    file.on_change = lambda: None
-    assert len(left) > 10
+    assert len(left) > 40
     for medium in left:
         after = VhdxDisk(CrashFile(medium))
         after.parent = open_chain([base])

@@ -374,7 +374,10 @@ def test_unknown_regions_that_are_not_required_are_kept(tmp_path: Path) -> None:
 
 
 def child(tmp_path: Path) -> Path:
-    parent = open_image(str(image(tmp_path)), readonly=True)
+    base = open_image(str(image(tmp_path)))
+    base.write(MIB, [memoryview(b"base" * (MIB // 4))])
+    base.close()
+    parent = open_image(base.path, readonly=True)
     path = tmp_path / "child.vhdx"
     disk = create(HostFile.create(str(path)), SIZE, kind="differencing", block_size=MIB, parent=parent)  # type: ignore[arg-type]
     disk.write(512, [memoryview(b"child" * 512)])
@@ -435,5 +438,20 @@ def test_bits_that_an_earlier_life_of_a_block_left_do_not_count(tmp_path: Path) 
     disk.write(MIB + 4096, [memoryview(b"new!" * 128)])
     data = bytearray(MIB)
     disk.read(MIB, [memoryview(data)])
-    assert data == bytes(4096) + b"new!" * 128 + bytes(MIB - 4096 - 512)
+    assert data == b"base" * 1024 + b"new!" * 128 + b"base" * ((MIB - 4096 - 512) // 4)
     disk.close()
+
+
+def test_entries_beyond_the_disk_do_not_count_when_it_grows(tmp_path: Path) -> None:
+    """A session that ended while the disk was made smaller may have left them."""
+    leftovers = [entry(index, DATA | 6) for index in (8, 9, 511, 512, 1000, 2000)]
+    path = image(tmp_path, both(*leftovers))
+    disk = open_image(str(path))
+    disk.resize(1000 * MIB + 512)
+    for block in (8, 9, 511, 512, 1000):
+        data = bytearray(b"?" * 512)
+        disk.read(block * MIB, [memoryview(data)])
+        assert data == bytes(512)
+    disk.close()
+    assert check_image(str(path)) == []
+    assert read(path) == b"data" * 1024

@@ -189,6 +189,23 @@ def test_we_read_and_write_what_qemu_img_makes(tmp_path: Path, options: str) -> 
     assert by_qemu(path) == by_us(path) == data
 
 
+def test_qemu_goes_on_with_what_we_began_and_we_with_that(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhdx"
+    disk = made(path, block_size=MIB)
+    fill(disk, 3)
+    disk.close()
+    data = bytearray(by_us(path))
+    run("qemu-io", "-f", "vhdx", "-c", "write -P 7 0 5M", "-c", "write -P 8 8M 64k", str(path))
+    data[: 5 * MIB] = b"\7" * 5 * MIB
+    data[8 * MIB : 8 * MIB + 65536] = b"\10" * 65536
+    assert check_image(str(path)) == []
+    again = open_image(str(path))
+    again.write_zeros(MIB, 2 * MIB)
+    again.close()
+    data[MIB : 3 * MIB] = bytes(2 * MIB)
+    assert by_us(path) == by_qemu(path) == data
+
+
 def test_we_replay_the_log_of_a_qemu_that_was_killed(tmp_path: Path) -> None:
     path = tmp_path / "disk.vhdx"
     run("qemu-img", "create", "-f", "vhdx", "-o", "block_size=1M", str(path), "16M")

@@ -69,11 +69,13 @@ class Journal:
     def restart(self, size: int) -> None:
         """Begin a new log, so that no old entry can touch what will have moved, nor ask for more than `size` bytes."""
         assert self._log is not None
+        self._stopped = True  # should this fail, it is open which log counts
         self._file.flush()
         log = LogWriter(self._file, self._headers.current, new_guid(), self._log.offset)
         log.append([], size)
         self._headers.update(log_guid=log.guid)
         self._log = log
+        self._stopped = False
 
     def end(self) -> None:
         """After the last commit: leave no log behind."""
