@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.cli.parser import Parser
 
-_FILE_METAVARS = ("FILE", "PATH", "SOCKET", "VM.toml")
+_FILE_METAVARS = ("FILE", "PATH", "SRC", "DST", "SOCKET", "VM.toml")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:

@@ -62,8 +62,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     resize.add_argument("--shrink", action="store_true", help="allow a smaller size: what lies beyond it is lost")
 
     convert = action("convert", "copy a disk into a new image of any format, its parents' data included")
-    convert.add_argument("path", metavar="PATH", help="the image to read")
-    convert.add_argument("target", metavar="PATH", help="the image to make; or, with --force, a block device")
+    convert.add_argument("path", metavar="SRC", help="the image to read")
+    convert.add_argument("target", metavar="DST", help="the image to make; or, with --force, a block device")
     convert.add_argument("--source-format", choices=_FORMATS, help="format of the first image")
     _add_shape(convert)
 

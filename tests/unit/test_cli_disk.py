@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices.storage.file import HostFile
+from pyvmm.cli import main
 from tests.fakes.disk_cli import disk, files, refusal, tree
 
 if TYPE_CHECKING:
@@ -237,6 +238,13 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     assert b"converting" in os.read(ours, 65536)
     assert done.stdout == b"b.img: raw, 1MiB\n"
     os.close(ours)
+
+
+def test_completion_offers_files_for_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for place in ("create_pos_0", "convert_pos_0", "convert_pos_1", "merge___into", "diff_pos_1"):
+        assert f"_shtab_pyvmm_disk_{place}_COMPGEN=_shtab_compgen_files" in script
 
 
 def test_the_command_loads_nothing_slow(tmp_path: Path) -> None:
