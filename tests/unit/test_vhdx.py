@@ -449,3 +449,16 @@ def test_what_is_flushed_after_a_failed_resize_is_durable_or_refused(tmp_path: P
             assert content(after, 0, 4096) == b"x" * 4096
             assert content(after, MIB, 4096) == bytes(4096)
     assert 0 < refused < 50
+
+
+def test_what_waits_for_a_flush_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("devices.storage.vhdx.disk._MAX_PENDING", 10)
+    made(tmp_path / "base.vhdx", 1 << 30).close()
+    disk = made(tmp_path / "disk.vhdx", 1 << 30, parent=opened(tmp_path / "base.vhdx", True))
+    for offset in range(0, 1 << 30, 16 * MIB):  # a page of a bitmap each
+        write(disk, offset, b"x" * 512)
+        assert len(disk.bitmaps.dirty) <= 10
+    for offset in range(0, 1 << 30, 16 * MIB):
+        disk.trim(offset, MIB)
+        assert len(disk.freed) <= 10
+    disk.close()

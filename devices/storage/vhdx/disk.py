@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from devices.storage.file import HostFile
 
 _SECTOR_ENTRIES = LOG_SECTOR // 8
+#: Changed pages of bitmaps and freed blocks that wait for a flush at most: a guest may never ask for one.
+_MAX_PENDING = 4096
 
 
 class VhdxDisk(VhdxImage):
@@ -102,6 +104,11 @@ class VhdxDisk(VhdxImage):
                     self._set_present(block, entry, within, total(part))
         finally:
             self.inflight.leave(turn)
+        self._bound_pending()
+
+    def _bound_pending(self) -> None:
+        if len(self.bitmaps.dirty) + len(self.freed) > _MAX_PENDING:
+            self.flush()
 
     def allocate(self, block: int) -> int:
         """Give a block storage that reads as zeros; return its entry."""
@@ -156,6 +163,11 @@ class VhdxDisk(VhdxImage):
     def write_zeros(self, offset: int, length: int) -> None:
         if not self._changing:
             self._begin()
+        self.zero(offset, length)
+        self._bound_pending()
+
+    def zero(self, offset: int, length: int) -> None:
+        """What `write_zeros` does to a range, in a session that has begun."""
         turn = self.inflight.enter()
         try:
             while length:
@@ -215,13 +227,13 @@ class VhdxDisk(VhdxImage):
         """Make everything durable: data first, then what was changed around it. The caller has the flush lock."""
         with self.lock:
             dirty, pages, freed = self.dirty, self.bitmaps.dirty, self.freed
-            self.dirty, self.bitmaps.dirty, self.freed = set(), set(), []
-            self.bitmaps.pinned = pages
             # Bitmaps come before the BAT, and the BAT from its end, where the entry of a chunk's bitmap follows those
             # of its blocks. So however many entries of the log this takes, none depends on a later one.
             sectors = [(self.locate_bitmap(page), bytes(self.bitmaps.page(page))) for page in sorted(pages)]
             sectors += [self._table_sector(number) for number in sorted(dirty, reverse=True)]
             size = self.file.size()
+            self.dirty, self.bitmaps.dirty, self.freed = set(), set(), []
+            self.bitmaps.pinned = pages
         try:
             self.journal.commit(sectors, size)
         except BaseException:
@@ -255,8 +267,8 @@ class VhdxDisk(VhdxImage):
     def before_merge(self) -> None:
         # The locator may name two versions of the parent (MS-VHDX 2.6.2.6.3): the one before the merge, and the one
         # that it makes. So this disk finds its parent also after a merge that did not come to its end.
-        parent, locator = self.parent, self.metadata.locator
-        assert isinstance(parent, VhdxDisk) and locator is not None
+        parent, locator = self.parent, dict(self.metadata.locator or {})
+        assert isinstance(parent, VhdxDisk)
         for key, version in (("parent_linkage", parent.data_write), ("parent_linkage2", parent._next_data_write)):
             locator[key] = "{" + guid_text(version) + "}"
         self._begin(changes_data=False)  # children of this disk are to go on knowing it
@@ -265,6 +277,7 @@ class VhdxDisk(VhdxImage):
                 self.journal.commit_bytes(locator_changes(self.file, self.regions.metadata, locator))
         except Damage as damage:
             raise DiskError(f"{self.path}: cannot be merged: {damage}; merge it into a new image") from None
+        self.metadata.locator = locator
 
     def resize(self, size: int) -> None:
         from devices.storage.vhdx.resize import resize

@@ -50,7 +50,7 @@ def _grow(disk: VhdxDisk, old: Layout, new: Layout) -> None:
         visible = max(visible, min(new.size, disk.parent.size if disk.parent is not None else new.size))
     disk.layout = new
     if visible > old.size:
-        disk.write_zeros(old.size, visible - old.size)
+        disk.zero(old.size, visible - old.size)
     if disk.metadata.leave_allocated:
         for block in range(old.blocks, new.blocks):
             disk.allocate(block)
