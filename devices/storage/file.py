@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 
 from devices.storage.backend import DiskError
 
@@ -59,6 +60,24 @@ class InUse(DiskError):
     """Another process has the image, or this one has it twice."""
 
 
+class SharedFlush:
+    """A flush by several threads at once: those who ask while one is under way share the next."""
+
+    def __init__(self, flush: Callable[[], None]) -> None:
+        self._flush = flush
+        self._lock = threading.Lock()
+        self._begun = self._done = 0
+
+    def __call__(self) -> None:
+        """Return once a flush that began after this call is done; raises what it raises."""
+        following = self._begun + 1
+        with self._lock:
+            if self._done < following:
+                self._begun = number = self._begun + 1
+                self._flush()
+                self._done = number
+
+
 class HostFile:
     """A regular file or block device, opened and locked for as long as this object lives.
 
@@ -73,6 +92,8 @@ class HostFile:
         self.readonly = readonly
         #: For code that does I/O past this object (the C fast path); -1 once closed.
         self.fd = -1
+        self._flush = SharedFlush(self._flush_once)
+        self._flush_error = 0
         self._open()
         if lock:
             try:
@@ -188,8 +209,20 @@ class HostFile:
 
     @_naming
     def flush(self) -> None:
-        """Return once everything written, and the file's size, is on stable storage."""
-        os.fdatasync(self.fd)
+        """Return once everything written, and the file's size, is on stable storage.
+
+        Once this has failed it always does: the kernel tells of data that it could not write only once, and drops it.
+        """
+        self._flush()
+
+    def _flush_once(self) -> None:
+        if self._flush_error:
+            raise OSError(self._flush_error, "an earlier flush failed; what was written before it may be lost")
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._flush_error = error.errno or errno.EIO
+            raise
 
     @_naming
     def trim(self, offset: int, length: int) -> None:

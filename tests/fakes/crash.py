@@ -160,6 +160,7 @@ class CrashFile(HostFile):
         self.fd = _NO_FD
         self.on_change: Callable[[], None] = lambda: None
         self.failed = False
+        self._unflushed = False
         self._countdown = 0
         self._error = 0
 
@@ -199,7 +200,13 @@ class CrashFile(HostFile):
         self.on_change()
 
     def flush(self) -> None:
-        self._enter(fallible=True)
+        if self._unflushed:
+            raise OSError(errno.EIO, "an earlier flush failed")
+        try:
+            self._enter(fallible=True)
+        except OSError:
+            self._unflushed = True
+            raise
         self.medium.flush()
         self.on_change()
 

@@ -238,7 +238,7 @@ def test_wrong_raw_formats_are_caught(wrong: type[RawDisk]) -> None:
         return wrong(file)
 
     with pytest.raises(AssertionError, match="not one of"):
-        check_crashes(make, wrong, examples=100)
+        check_crashes(make, wrong, examples=500)
 
 
 @pytest.mark.parametrize(
@@ -246,4 +246,4 @@ def test_wrong_raw_formats_are_caught(wrong: type[RawDisk]) -> None:
 )
 def test_wrong_sparse_formats_are_caught(wrong: type[Remapping], says: str) -> None:
     with pytest.raises((AssertionError, OSError), match=says):
-        check_crashes(wrong.make, wrong, examples=100)
+        check_crashes(wrong.make, wrong, examples=500)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -280,3 +281,60 @@ def test_iso_image_is_a_readonly_disc_of_2048_byte_sectors(tmp_path: Path) -> No
 def test_geometry_follows_the_vhd_specification(tmp_path: Path, size: int, geometry: tuple[int, int, int]) -> None:
     shape = opened(image(tmp_path, size)).geometry
     assert (shape.cylinders, shape.heads, shape.sectors) == geometry
+
+
+def test_flushes_that_wait_for_another_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, go_on, calls = threading.Semaphore(0), threading.Event(), []
+    real = os.fdatasync
+
+    class Lock:
+        """Tells when somebody comes to it."""
+
+        lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            arrived.release()
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    def slow(fd: int) -> None:
+        calls.append(fd)
+        assert go_on.wait(30)
+        real(fd)
+
+    file = HostFile(image(tmp_path))
+    monkeypatch.setattr(file._flush, "_lock", Lock())
+    monkeypatch.setattr(os, "fdatasync", slow)
+    threads = [threading.Thread(target=file.flush) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+        assert arrived.acquire(timeout=30)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+    file.close()
+
+
+def test_flush_that_failed_is_never_followed_by_one_that_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image(tmp_path)
+    disk = opened(path)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.flush()
+    monkeypatch.undo()
+    for act in (disk.flush, disk.close):
+        with pytest.raises(OSError, match="an earlier flush failed") as caught:
+            act()
+        assert caught.value.errno == errno.EIO
+    disk = opened(path)  # all the same the file is closed, and free for others
+    disk.flush()
+    disk.close()

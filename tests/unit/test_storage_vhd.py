@@ -396,41 +396,6 @@ def test_flush_covers_what_all_threads_wrote_before_it(tmp_path: Path) -> None:
         disk.close()
 
 
-def test_flushes_that_wait_for_another_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = made(tmp_path / "disk.vhd")
-    arrived, go_on, calls = threading.Semaphore(0), threading.Event(), []
-    real = os.fdatasync
-
-    class Lock:
-        """The disk's lock, which tells when somebody comes to it."""
-
-        lock = threading.Lock()
-
-        def __enter__(self) -> None:
-            arrived.release()
-            self.lock.acquire()
-
-        def __exit__(self, *_: object) -> None:
-            self.lock.release()
-
-    def slow(fd: int) -> None:
-        calls.append(fd)
-        assert go_on.wait(30)
-        real(fd)
-
-    monkeypatch.setattr(disk, "_flushing", Lock())
-    monkeypatch.setattr(os, "fdatasync", slow)
-    threads = [threading.Thread(target=disk.flush) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-        assert arrived.acquire(timeout=30)
-    go_on.set()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 2
-    disk.close()
-
-
 def test_bitmaps_that_are_not_kept_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("devices.storage.vhd.bitmaps._KEPT", 0)
     monkeypatch.setattr("devices.storage.vhd.bitmaps._WAITING", 3 * SECTOR)

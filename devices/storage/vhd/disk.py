@@ -19,6 +19,7 @@ import threading
 
 from devices.storage.backend import DATA, PARENT, ZERO, DiskError, Extent, Geometry
 from devices.storage.chain import Layer
+from devices.storage.file import SharedFlush
 from devices.storage.vhd.bitmaps import Bitmaps
 from devices.storage.vhd.image import Image
 from devices.storage.vhd.layout import DIFFERENCING, FIXED, KINDS, MAX_SIZE, SECTOR, UNUSED
@@ -170,9 +171,7 @@ class DynamicVhd(VhdDisk):
         self._end = self._footer_place = image.end
         self._names = image.names(self._header, file.size())
         self._allocating = threading.Lock()
-        self._flushing = threading.Lock()
-        #: Flushes that have begun, and the last of them that was done.
-        self._flushes = self._flushed = 0
+        self._flush = SharedFlush(self._write_bitmaps)
         if image.untidy and not self.readonly:
             self._tidy()
 
@@ -277,23 +276,21 @@ class DynamicVhd(VhdDisk):
                 self.flush()
 
     def flush(self) -> None:
-        wanted = self._flushes + 1
-        with self._flushing:
-            if self._flushed >= wanted:
-                return  # one that began while this one waited has covered it
-            self._flushes = number = self._flushes + 1
-            waiting = self._bitmaps.take()
-            try:
+        self._flush()
+
+    def _write_bitmaps(self) -> None:
+        """Make all data durable, then the bits that tell of it; one thread at a time."""
+        waiting = self._bitmaps.take()
+        try:
+            self.file.flush()
+            if waiting:
+                for block, bitmap in waiting:
+                    self.file.write_bytes(self._table[block] * SECTOR, bitmap)
                 self.file.flush()
-                if waiting:
-                    for block, bitmap in waiting:
-                        self.file.write_bytes(self._table[block] * SECTOR, bitmap)
-                    self.file.flush()
-            except BaseException:
-                self._bitmaps.not_done()
-                raise
-            self._bitmaps.done()
-            self._flushed = number
+        except BaseException:
+            self._bitmaps.not_done()
+            raise
+        self._bitmaps.done()
 
     def _place(self, block: int) -> int:
         """Where the block's data begins in the file; it gets room there if it has none."""
