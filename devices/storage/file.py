@@ -215,6 +215,10 @@ class HostFile:
         """
         self._flush()
 
+    def lose(self) -> None:
+        """Let no flush succeed any more: one that was not done here has failed."""
+        self._flush_error = self._flush_error or errno.EIO
+
     def _flush_once(self) -> None:
         if self._flush_error:
             raise OSError(self._flush_error, "an earlier flush failed; what was written before it may be lost")

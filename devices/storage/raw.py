@@ -62,6 +62,8 @@ class RawDisk(Disk):
         self._file.write(offset, views)
 
     def flush(self) -> None:
+        if self.fast is not None and self.fast.flush_failed:
+            self._file.lose()
         self._file.flush()
 
     def trim(self, offset: int, length: int) -> None:
@@ -93,7 +95,7 @@ class RawDisk(Disk):
             self.fast.close()
         try:
             if self._file.fd >= 0 and not self.readonly:
-                self._file.flush()
+                self.flush()
         finally:
             self._file.close()
 

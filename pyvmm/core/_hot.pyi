@@ -130,6 +130,9 @@ class FastDisk:
     """Capacity; may change while the disk is in use."""
     writable: bool
     """Whether C may write. Python gets all writes while this is False."""
+    @property
+    def flush_failed(self) -> bool:
+        """Whether a flush or durable write in C has failed: none succeeds there any more, nor may one in Python."""
 
     def __init__(
         self,

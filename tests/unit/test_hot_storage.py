@@ -107,6 +107,13 @@ def settle(rig: Rig) -> None:
     assert rig.run() == (0, [], [])
 
 
+def left_to_python(rig: Rig) -> list[int]:
+    """Transaction ids of what C took and gave up, once nothing is under way."""
+    at_once = rig.run()[1]
+    rig.queue.drain()
+    return [packet[2] for packet in at_once + rig.run()[1]]
+
+
 # What C serves ------------------------------------------------------------------------------------------
 
 
@@ -148,6 +155,22 @@ def test_flushes_and_durable_writes_go_through_io_uring_or_to_python(fd: int, io
     assert sorted(rig.answers()) == [1, 2]
     assert os.pread(fd, 512, 5 * 512) == b"f" * 512
     assert rig.queue.take_counters(0)[2][:2] == (1, 0)
+
+
+@pytest.mark.parametrize("cdb", [FLUSH, write10(5, 1, flags=8)], ids=["flush", "durable write"])
+def test_no_flush_succeeds_after_one_that_failed(fd: int, cdb: bytes) -> None:
+    """The kernel tells of lost data once; here a pipe stands for the file that lost it, since it cannot be flushed."""
+    rig = Rig(fd, 64 * 512)
+    pipe = os.pipe()
+    saved = os.dup(fd)
+    os.dup2(pipe[0], fd)
+    rig.send(1, cdb, 0 if cdb is FLUSH else 512, UNKNOWN_TYPE if cdb is FLUSH else WRITE_TYPE)
+    assert left_to_python(rig) == [1] and rig.disk.flush_failed
+    os.dup2(saved, fd)
+    rig.send(2, FLUSH, 0, UNKNOWN_TYPE)
+    assert left_to_python(rig) == [2] and rig.answers() == []
+    for number in (*pipe, saved):
+        os.close(number)
 
 
 def test_a_disk_that_must_not_be_written_has_python_say_so(fd: int) -> None:

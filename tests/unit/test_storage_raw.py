@@ -9,6 +9,7 @@ import sys
 import threading
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -338,3 +339,11 @@ def test_flush_that_failed_is_never_followed_by_one_that_succeeds(
     disk = opened(path)  # all the same the file is closed, and free for others
     disk.flush()
     disk.close()
+
+
+def test_flush_that_failed_in_c_counts_as_one_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = opened(image(tmp_path))
+    monkeypatch.setattr(disk, "fast", SimpleNamespace(flush_failed=True, close=lambda: None))
+    for act in (disk.flush, disk.close):
+        with pytest.raises(OSError, match="an earlier flush failed"):
+            act()

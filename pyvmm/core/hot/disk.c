@@ -120,6 +120,11 @@ static int disk_set_writable(FastDiskObject *self, PyObject *value, void *Py_UNU
 	return 0;
 }
 
+static PyObject *disk_get_flush_failed(FastDiskObject *self, void *Py_UNUSED(closure))
+{
+	return PyBool_FromLong(atomic_load(&self->flush_failed));
+}
+
 static PyMethodDef disk_methods[] = {
 	{"close", (PyCFunction)disk_close, METH_NOARGS, NULL},
 	{0},
@@ -127,6 +132,7 @@ static PyMethodDef disk_methods[] = {
 
 static PyGetSetDef disk_getset[] = {
 	{"size", (getter)disk_get_size, (setter)disk_set_size, NULL, NULL},
+	{"flush_failed", (getter)disk_get_flush_failed, NULL, NULL, NULL},
 	{"writable", (getter)disk_get_writable, (setter)disk_set_writable, NULL, NULL},
 	{0},
 };

@@ -21,6 +21,7 @@ typedef struct {
 	bool in_memory; // the file is on tmpfs: nothing waits, but the kernel doesn't say so
 	_Atomic bool writable;
 	_Atomic bool writes_wait; // the file system cannot say whether a write would wait
+	_Atomic bool flush_failed; // a flush or durable write did, and none may succeed any more
 	_Atomic int fd;           // -1 once closed
 	_Atomic uint64_t size;
 } FastDiskObject;

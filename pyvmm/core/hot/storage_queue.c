@@ -197,6 +197,15 @@ static void end_part(StorageQueueObject *queue, uint64_t tag, int32_t result)
 {
 	struct storage_request *request = &queue->slots[tag / DISK_PARTS];
 	int64_t whole = request->kind == STORAGE_FLUSH ? 0 : request->parts[tag % DISK_PARTS].length;
+	if (request->kind == STORAGE_FLUSH || request->durable) {
+		// The kernel tells only once that data could not be written, so Python must not take this for a flush
+		// that is still to be done. What was never begun has told nobody.
+		bool begun = result != -EAGAIN && result != -EINTR && result != -ECANCELED;
+		if (result < 0 && begun)
+			atomic_store(&request->disk->flush_failed, true);
+		if (atomic_load(&request->disk->flush_failed))
+			request->failed = true;
+	}
 	if (result != whole)
 		request->failed = true;
 	if (--request->waiting == 0) {
