@@ -44,6 +44,14 @@ class Session:
 
 StartSession = Callable[..., Session]
 
+
+def told(report: dict[str, Any], key: str) -> str:
+    """What a guest reported, by the report of its VM (`Vm.end`), or a failure with the end of its console."""
+    results: dict[str, str] = report["results"]
+    assert key in results, f"the guest never reported {key}\n{report['console'][-3000:]}\n{report['stderr']}"
+    return results[key]
+
+
 _ATTEMPTS = 3
 """How often a session is started whose lab comes to a standstill."""
 

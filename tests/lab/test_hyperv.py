@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guests import linux
-from tests.lab.conftest import Session, StartSession
+from tests.lab.conftest import Session, StartSession, told
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -54,13 +54,6 @@ def session(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory)
 def life(session: Session) -> dict[str, Any]:
     report: dict[str, Any] = session.report("life")
     return report
-
-
-def told(life: dict[str, Any], key: str) -> str:
-    """What the guest reported, or a failure with the end of its console."""
-    results: dict[str, str] = life["results"]
-    assert key in results, f"the guest never reported {key}\n{life['console'][-3000:]}\n{life['stderr']}"
-    return results[key]
 
 
 def test_guest_detects_hyper_v_and_connects(life: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pycdlib
 import pytest
 
 from guests import linux
-from tests.lab.conftest import StartSession
+from tests.lab.conftest import StartSession, told
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -46,13 +46,6 @@ def found(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory) -
     session = lab_session("-m", "tests.lab.scsi_session", str(images.vmlinux), str(images.initrd), *discs, timeout=700)
     report: dict[str, Any] = session.report("scsi")
     return report
-
-
-def told(found: dict[str, Any], key: str) -> str:
-    """What the guest reported, or a failure with the end of its console."""
-    results: dict[str, str] = found["results"]
-    assert key in results, f"the guest never reported {key}\n{found['console'][-3000:]}\n{found['stderr']}"
-    return results[key]
 
 
 def test_guest_uses_a_channel_per_processor_and_transfers_of_a_mebibyte(found: dict[str, Any]) -> None:

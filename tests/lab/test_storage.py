@@ -16,7 +16,7 @@ import pytest
 
 from guests import linux
 from tests.lab import storage_session
-from tests.lab.conftest import Session, StartSession
+from tests.lab.conftest import Session, StartSession, told
 
 _FIO_SECONDS = int(os.environ.get("PYVMM_FIO_SECONDS", "10"))
 
@@ -44,13 +44,6 @@ def session(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory)
 def life(session: Session) -> dict[str, Any]:
     report: dict[str, Any] = session.report("storvsp")
     return report
-
-
-def told(report: dict[str, Any], key: str) -> str:
-    """What the guest reported, or a failure with the end of its console."""
-    results: dict[str, str] = report["results"]
-    assert key in results, f"the guest never reported {key}\n{report['console'][-3000:]}\n{report['stderr']}"
-    return results[key]
 
 
 @pytest.mark.parametrize(("leg", "driver"), [("storvsp", "storvsc_host"), ("ide-piix", "ata_piix")])
