@@ -23,7 +23,7 @@ _FIO_SECONDS = int(os.environ.get("PYVMM_FIO_SECONDS", "10"))
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1200 + 4 * _FIO_SECONDS)]
 
 _HERE = Path(__file__).parent
-_LEGS = ("storvsp", "ide-piix")
+_LEGS = ("storvsp", "ide-piix", "ide-vmbus")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def life(session: Session) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize(("leg", "driver"), [("storvsp", "storvsc_host"), ("ide-piix", "ata_piix")])
+@pytest.mark.parametrize(
+    ("leg", "driver"), [("storvsp", "storvsc_host"), ("ide-piix", "ata_piix"), ("ide-vmbus", "storvsc_host")]
+)
 def test_root_file_system_is_on_our_disk_by_the_stock_driver(session: Session, leg: str, driver: str) -> None:
     report = session.report(leg)
     assert told(report, "root").startswith("sd")
@@ -56,7 +58,7 @@ def test_root_file_system_is_on_our_disk_by_the_stock_driver(session: Session, l
 
 
 def test_mixed_load_reads_back_what_it_wrote(session: Session) -> None:
-    for leg, name in zip(_LEGS, ("load", "root"), strict=True):
+    for leg, name in zip(_LEGS, ("load", "root", "root"), strict=True):
         report = session.report(leg)
         assert told(report, f"fio_{name}") == "0 0", report["console"][-3000:]
         assert "total=" in told(report, f"fio_{name}_io")
