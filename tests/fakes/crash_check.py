@@ -61,6 +61,7 @@ def check_crashes(
         max_examples=int(wanted or examples),
         deadline=None,
         phases=phases,
+        report_multiple_bugs=False,  # so that what is raised is an AssertionError, and not a group of them
         suppress_health_check=list(HealthCheck),
     )
     @given(operations=_OPERATIONS, seed=st.integers(0, 1 << 32), atom=st.sampled_from((512, 4096)))
