@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from guests import linux
+from tests.lab.conftest import told
 
 if TYPE_CHECKING:
     from tests.lab.conftest import Session, StartSession
@@ -40,14 +41,9 @@ def session(lab_session: StartSession, discs: list[Path]) -> Session:
 def boot(session: Session, way: str) -> dict[str, Any]:
     """What one boot left."""
     report: dict[str, Any] = session.report(way)
-    assert report["results"].get("end") == "1", (report["stderr"], report["console"])
+    told(report, "end")
     assert report["exit"] == 0, report["stderr"]
     return report
-
-
-def results(session: Session, way: str) -> dict[str, str]:
-    found: dict[str, str] = boot(session, way)["results"]
-    return found
 
 
 def drives(session: Session, way: str) -> list[dict[str, Any]]:
@@ -58,18 +54,18 @@ def drives(session: Session, way: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_disk_is_found_once_by_the_driver_that_is_to_have_it(session: Session, way: str) -> None:
-    found = results(session, way)
-    disks = {name: value for name, value in found.items() if name.startswith("disk_")}
+    found = boot(session, way)
+    disks = {name: value for name, value in found["results"].items() if name.startswith("disk_")}
     assert disks == {"disk_sda": f"{'vmbus' if way == 'vmbus' else 'ata'} 65536", "disk_sr0": "ata 1024"}
-    assert found["model"].strip() == ("Virtual Disk" if way == "vmbus" else "Virtual HD")
+    assert told(found, "model").strip() == ("Virtual Disk" if way == "vmbus" else "Virtual HD")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_controller_is_a_piix4_that_gives_its_driver_no_trouble(session: Session, way: str) -> None:
-    found = results(session, way)
-    assert found["driver"] == "ata_piix"
-    assert found["pci_07.1"] == "0x8086 0x7111"
-    assert found["ata_troubles"] == "0", found["ata_log"]
+    found = boot(session, way)
+    assert told(found, "driver") == "ata_piix"
+    assert told(found, "pci_07.1") == "0x8086 0x7111"
+    assert told(found, "ata_troubles") == "0", told(found, "ata_log")
 
 
 @pytest.mark.parametrize(("way", "mode"), [("ata", "0x42"), ("pio", "0x0c")])  # Ultra DMA 2, PIO 4
@@ -87,22 +83,22 @@ def test_with_vmbus_nothing_of_the_disk_goes_through_the_controller(session: Ses
 
 
 def test_what_one_driver_writes_the_others_read(session: Session) -> None:
-    made = results(session, "ata")["made"]
+    made = told(boot(session, "ata"), "made")
     assert len(made) == 64
-    assert results(session, "pio")["found"] == results(session, "vmbus")["found"] == made
-    assert results(session, "pio")["found_notes"].split() == ["ata"]
-    assert results(session, "vmbus")["found_notes"].split() == ["ata", "pio"]
+    assert told(boot(session, "pio"), "found") == told(boot(session, "vmbus"), "found") == made
+    assert told(boot(session, "pio"), "found_notes").split() == ["ata"]
+    assert told(boot(session, "vmbus"), "found_notes").split() == ["ata", "pio"]
 
 
 def test_what_the_guest_trims_becomes_a_hole(session: Session) -> None:
-    assert "bytes trimmed" in results(session, "ata")["trimmed"]
+    assert "bytes trimmed" in told(boot(session, "ata"), "trimmed")
     assert drives(session, "ata")[0]["trims"]
     assert 8 << 20 < boot(session, "ata")["stored"] < 16 << 20
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_disc_is_read_and_so_is_another_one_that_is_put_in(session: Session, discs: list[Path], way: str) -> None:
-    found = results(session, way)
+    found = boot(session, way)
     sums = [hashlib.sha256(disc.read_bytes()).hexdigest() for disc in discs]
-    assert [found["cd"], found["other_cd"]] == sums
+    assert [told(found, "cd"), told(found, "other_cd")] == sums
     assert boot(session, way)["steps"]["insert"]["reply"]["ok"]
