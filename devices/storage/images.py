@@ -23,9 +23,20 @@ def format_of(path: str) -> str:
     return SUFFIXES.get(name[dot:], "raw") if dot >= 0 else "raw"
 
 
-def open_image(path: str, readonly: bool = False, format: str | None = None, lock: bool = True) -> Disk:
-    """Open the image at `path`, locked unless `lock` is false, which only readers may ask for; raises DiskError."""
+def open_image(
+    path: str, readonly: bool = False, format: str | None = None, lock: bool = True, sector_size: int | None = None
+) -> Disk:
+    """Open the image at `path`, locked unless `lock` is false, which only readers may ask for; raises DiskError.
+
+    A raw image has sectors of `sector_size` bytes, by default 512; other formats have their own.
+    """
     kind = known(path, format)
+    if sector_size is not None:
+        if kind != "raw":
+            raise DiskError(f"{path}: a {kind} image has a sector size of its own; leave the option out")
+        from devices.storage.raw import RawDisk
+
+        return RawDisk(HostFile(path, readonly, lock), sector_size)
     return open_file(HostFile(path, readonly or kind == "iso", lock), kind)
 
 

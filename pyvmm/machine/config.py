@@ -27,9 +27,10 @@ MAX_DISK = 64 << 40
 #: The smallest limits of a disk: below them a guest would take its disk for broken.
 MIN_IOPS = 10
 MIN_BANDWIDTH = 64 << 10
+SECTOR_SIZES = (512, 4096)
 DISK_FORMATS = ("raw", "vhd", "vhdx", "iso")
 DISK_BUSES = ("scsi", "ide")
-DISK_FORM = "PATH[,readonly][,bus=ide][,controller=N][,lun=N][,format=F][,iops=N][,bandwidth=SIZE]"
+DISK_FORM = "PATH[,readonly][,bus=ide][,controller=N][,lun=N][,format=F][,sector_size=N][,iops=N][,bandwidth=SIZE]"
 #: What guests are told by SMBIOS that they run on.
 SMBIOS_IDENTITIES = ("hyper-v", "pyvmm")
 
@@ -46,7 +47,8 @@ class DiskConfig:
 
     With `bus` "ide" it is a drive of the IDE controller instead: `controller` is its channel and `lun` its place there,
     by default the next free place from that channel on. Optical images are CD drives.
-    `format` None is what the path's suffix tells. `iops` (commands/s) and `bandwidth` (bytes/s) are limits.
+    `format` None is what the path's suffix tells, `sector_size` (bytes) is for a raw image. `iops` (commands/s) and
+    `bandwidth` (bytes/s) are limits.
     """
 
     path: str
@@ -55,6 +57,7 @@ class DiskConfig:
     controller: int = 0
     lun: int | None = None
     format: str | None = None
+    sector_size: int | None = None
     iops: int | None = None
     bandwidth: int | None = None
 
@@ -68,6 +71,7 @@ class DiskConfig:
         iops: int | None = None,
         bandwidth: int | None = None,
         bus: str = "scsi",
+        sector_size: int | None = None,
     ) -> None:
         self.path = path
         self.readonly = readonly
@@ -75,6 +79,7 @@ class DiskConfig:
         self.controller = controller
         self.lun = lun
         self.format = format
+        self.sector_size = sector_size
         self.iops = iops
         self.bandwidth = bandwidth
 
@@ -132,6 +137,7 @@ DESCRIPTIONS = {
     "controller": f"SCSI controller, 0 to {MAX_CONTROLLERS - 1}, or IDE channel, 0 or 1",
     "lun": f"place on the controller, 0 to {MAX_LUNS - 1}, or on the IDE channel, 0 or 1; by default the next free one",
     "format": f"format of the image: {', '.join(DISK_FORMATS)}; by default what its suffix tells, else raw",
+    "sector_size": "bytes in a sector of a raw image: 512 or 4096; other formats have their own",
     "iops": "limit of commands per second",
     "bandwidth": "limit of bytes per second, such as 50M",
 }
@@ -160,6 +166,9 @@ def format_size(size: int) -> str:
     return str(size)
 
 
+_NUMBERS = ("controller", "lun", "sector_size", "iops")
+
+
 def parse_disk(text: str) -> DiskConfig:
     """A disk from `DISK_FORM`. Raises ConfigError."""
     path, *options = text.split(",")
@@ -168,7 +177,7 @@ def parse_disk(text: str) -> DiskConfig:
         key, _, value = option.partition("=")
         if option == "readonly":
             disk.readonly = True
-        elif key in ("controller", "lun", "iops") and value.isascii() and value.isdigit() and len(value) < 16:
+        elif key in _NUMBERS and value.isascii() and value.isdigit() and len(value) < 16:
             setattr(disk, key, int(value))
         elif key in ("format", "bus") and value:
             setattr(disk, key, value)
@@ -210,6 +219,9 @@ def check_disk(disk: DiskConfig) -> None:
         raise ConfigError(f"disk {disk.path}: an IDE disk has no limits; leave iops and bandwidth out")
     if disk.format is not None and disk.format not in DISK_FORMATS:
         raise ConfigError(f"disk {disk.path}: format {disk.format!r}: choose {', '.join(DISK_FORMATS)}")
+    if disk.sector_size not in (None, *SECTOR_SIZES):
+        choice = " or ".join(map(str, SECTOR_SIZES))
+        raise ConfigError(f"disk {disk.path}: sector_size {disk.sector_size}: choose {choice}")
     if disk.iops is not None and disk.iops < MIN_IOPS:
         raise ConfigError(f"disk {disk.path}: iops {disk.iops} is less than {MIN_IOPS}")
     if disk.bandwidth is not None and disk.bandwidth < MIN_BANDWIDTH:

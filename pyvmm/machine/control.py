@@ -14,7 +14,16 @@ import socket
 import threading
 import time
 
-from pyvmm.machine.config import MAX_CONTROLLERS, MAX_DISK, MAX_LUNS, MIN_BANDWIDTH, MIN_IOPS, DiskConfig, check_disk
+from pyvmm.machine.config import (
+    MAX_CONTROLLERS,
+    MAX_DISK,
+    MAX_LUNS,
+    MIN_BANDWIDTH,
+    MIN_IOPS,
+    SECTOR_SIZES,
+    DiskConfig,
+    check_disk,
+)
 from pyvmm.machine.unix_socket import UnixListener
 
 TYPE_CHECKING = False
@@ -107,6 +116,8 @@ class Commands:
             config.lun = arguments.integer("lun", 0, MAX_LUNS - 1)
         if arguments.has("format"):
             config.format = arguments.text("format")
+        if arguments.has("sector_size"):
+            config.sector_size = arguments.integer("sector_size", 1, max(SECTOR_SIZES))
         if arguments.has("iops"):
             config.iops = arguments.integer("iops", MIN_IOPS, _MAX_LIMIT)
         if arguments.has("bandwidth"):

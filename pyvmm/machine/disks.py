@@ -53,7 +53,7 @@ class Disks:
 
     def _open(self, config: DiskConfig) -> Slot:
         bus, controller, lun = place = self._place(config)
-        disk = _open(config.path, config.readonly, config.format)
+        disk = _open(config.path, config.readonly, config.format, config.sector_size)
         if bus == "ide" and not disk.optical and disk.sector_size != 512:
             disk.close()
             raise ConfigError(f"{config.path}: sectors of {disk.sector_size} bytes; IDE disks have 512: use bus=scsi")
@@ -183,12 +183,12 @@ class Disks:
         return next(filter(None, lost), None)
 
 
-def _open(path: str, readonly: bool, format: str | None) -> Disk:
+def _open(path: str, readonly: bool, format: str | None, sector_size: int | None = None) -> Disk:
     from devices.storage.backend import DiskError
     from devices.storage.images import open_image
 
     try:
-        return open_image(path, readonly, format)
+        return open_image(path, readonly, format, sector_size=sector_size)
     except DiskError as error:
         raise ConfigError(str(error)) from error
 

@@ -59,6 +59,7 @@ def said(disk: DiskConfig) -> dict[str, Any]:
 def test_a_disk_takes_its_options_in_any_order() -> None:
     assert said(parse_disk("a.img,controller=2,readonly")) == {"path": "a.img", "readonly": True, "controller": 2}
     assert said(parse_disk("a.img")) == {"path": "a.img", "readonly": False, "controller": 0}
+    assert parse_disk("a.img,sector_size=4096").sector_size == 4096
     limited = parse_disk("a,bandwidth=50MiB,format=vhdx,iops=500,lun=63")
     assert (limited.bandwidth, limited.format, limited.iops, limited.lun) == (50 * MIB, "vhdx", 500, 63)
 
@@ -72,6 +73,7 @@ _BAD_OPTIONS = [
     "lun=64",
     "lun",
     "lun=x",
+    "sector_size=1024",
     "iops=9",
     "iops=1e3",
 ]

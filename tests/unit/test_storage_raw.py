@@ -153,6 +153,14 @@ def test_4096_byte_sectors_need_a_size_to_match(tmp_path: Path) -> None:
     assert "sector sizes 512/1000" in refusal(image(tmp_path), physical_sector_size=1000)
 
 
+def test_sector_size_is_for_raw_images_alone(tmp_path: Path) -> None:
+    disk = open_image(image(tmp_path), sector_size=4096)
+    assert disk.sector_size == 4096
+    disk.close()
+    with pytest.raises(DiskError, match="a vhdx image has a sector size of its own"):
+        open_image(str(tmp_path / "a.vhdx"), sector_size=4096)
+
+
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(str(tmp_path / "nothing.img"))
     assert "not a regular file" in refusal(str(tmp_path))
