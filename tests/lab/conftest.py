@@ -52,6 +52,11 @@ def told(report: dict[str, Any], key: str) -> str:
     return results[key]
 
 
+def guest_script(name: str) -> str:
+    """The text of a stock guest's script in this folder, after what they share."""
+    return "".join((Path(__file__).parent / part).read_text() for part in ("guest_common.sh", name))
+
+
 _ATTEMPTS = 3
 """How often a session is started whose lab comes to a standstill."""
 

@@ -1,20 +1,6 @@
 # Runs in the stock guest of test_hyperv.py. Steps that need the host wait for it: `result ready NAME` asks, and the
 # session (hyperv_session.py) answers by what it does to the VM.
 
-wait_for() { # CONDITION: up to 40 s
-    for _ in $(seq 200); do
-        eval "$1" && return 0
-        sleep 0.2
-    done
-    return 1
-}
-
-disk_of() { # SECTORS: the disk of that size, whichever name it has
-    for block in /sys/block/sd*; do
-        [ "$(cat "$block/size" 2>/dev/null)" = "$1" ] && basename "$block"
-    done
-}
-
 DATA=$(disk_of 262144)
 mkdir -p /mnt
 if mount -t ext4 "/dev/$DATA" /mnt 2>/dev/null; then

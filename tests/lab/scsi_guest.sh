@@ -1,14 +1,6 @@
 # Runs in the stock guest of test_scsi.py. Steps that need the host wait for it: `result ready NAME` asks, and the session
 # (scsi_session.py) answers by what it does to the VM.
 
-wait_for() { # CONDITION: up to 60 s
-    for _ in $(seq 300); do
-        eval "$1" && return 0
-        sleep 0.2
-    done
-    return 1
-}
-
 signal() { # LUN: the host shows that it is done by a disk there
     wait_for "[ -e /sys/class/scsi_device/0:0:0:$1 ]"
 }

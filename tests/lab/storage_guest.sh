@@ -1,20 +1,6 @@
 # The system on the root disk of test_storage.py's guests. Steps that need the host wait for it: `result ready NAME` asks,
 # and the session (storage_session.py) answers by what it does to the VM.
 
-wait_for() { # CONDITION: up to 60 s
-    for _ in $(seq 300); do
-        eval "$1" && return 0
-        sleep 0.2
-    done
-    return 1
-}
-
-disk_of() { # SECTORS: the disk of that size, whichever name it has
-    for block in /sys/block/sd*; do
-        [ "$(cat "$block/size" 2>/dev/null)" = "$1" ] && basename "$block"
-    done
-}
-
 verified() { # NAME FILE SIZE: a mixed load, every block read back and its checksum compared
     fio --name="$1" --filename="$2" --size="$3" --rw=randrw --rwmixread=30 --bsrange=4k-256k --ioengine=libaio \
         --iodepth=16 --direct=1 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --fsync=64 \

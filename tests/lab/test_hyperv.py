@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guests import linux
-from tests.lab.conftest import Session, StartSession, told
+from tests.lab.conftest import Session, StartSession, guest_script, told
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
-_HERE = Path(__file__).parent
 _SCSI, _SHUTDOWN, _TIMESYNC, _HEARTBEAT = (
     "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f",
     "0e0b6031-5213-4934-818b-38d90ced39db",
@@ -38,7 +36,7 @@ sleep 100
 
 @pytest.fixture(scope="module")
 def session(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    images = linux.build(_HERE / "hyperv_guest.sh", programs=("date",))
+    images = linux.build(guest_script("hyperv_guest.sh"), programs=("date",))
     plain = linux.build(_OLD_GUEST)
     arguments = (str(images.vmlinux), str(images.initrd), str(plain.initrd))
     return lab_session(

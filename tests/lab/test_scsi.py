@@ -10,11 +10,10 @@ import pycdlib
 import pytest
 
 from guests import linux
-from tests.lab.conftest import StartSession, told
+from tests.lab.conftest import StartSession, guest_script, told
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
-_HERE = Path(__file__).parent
 _PROGRAMS = (
     "sg_persist",
     "sg_get_lba_status",
@@ -42,7 +41,7 @@ def make_disc(path: Path, text: str) -> str:
 def found(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("discs")
     discs = [make_disc(folder / f"{name}.iso", f"the {name} disc") for name in ("first", "second")]
-    images = linux.build(_HERE / "scsi_guest.sh", programs=_PROGRAMS, extra_modules=("sr_mod", "isofs"))
+    images = linux.build(guest_script("scsi_guest.sh"), programs=_PROGRAMS, extra_modules=("sr_mod", "isofs"))
     session = lab_session("-m", "tests.lab.scsi_session", str(images.vmlinux), str(images.initrd), *discs, timeout=700)
     report: dict[str, Any] = session.report("scsi")
     return report

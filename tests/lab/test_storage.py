@@ -9,20 +9,18 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guests import linux
 from tests.lab import storage_session
-from tests.lab.conftest import Session, StartSession, told
+from tests.lab.conftest import Session, StartSession, guest_script, told
 
 _FIO_SECONDS = int(os.environ.get("PYVMM_FIO_SECONDS", "10"))
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1200 + 4 * _FIO_SECONDS)]
 
-_HERE = Path(__file__).parent
 _LEGS = ("storvsp", "ide-piix", "ide-vmbus")
 
 
@@ -30,7 +28,7 @@ _LEGS = ("storvsp", "ide-piix", "ide-vmbus")
 def session(lab_session: StartSession, tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("root")
     raw, root = folder / "root.img", folder / "root.vhdx"
-    linux.write_root(raw, _HERE / "storage_guest.sh", 192, programs=("fio",))
+    linux.write_root(raw, guest_script("storage_guest.sh"), 192, programs=("fio",))
     subprocess.run([sys.executable, "-m", "pyvmm", "disk", "convert", str(raw), str(root)], check=True)
     images = linux.build(extra_modules=("ata_piix",))
     return lab_session(
