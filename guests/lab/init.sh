@@ -3,7 +3,19 @@
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-while read -r module; do insmod "/modules/$module"; done </modules/order
+while read -r module; do
+	case $module in
+	kvm.ko*)
+		# KVM reckons with the TSC's first frequency, to the end, though Linux may correct it in its first seconds.
+		for _ in 1 2 3 4 5 6 7 8 9 10; do
+			read -r clock </sys/devices/system/clocksource/clocksource0/current_clocksource
+			[ "$clock" = tsc ] && break
+			sleep 0.5
+		done
+		;;
+	esac
+	insmod "/modules/$module"
+done </modules/order
 
 mkdir -p /lower /upper /newroot
 mount -t tmpfs tmpfs /upper

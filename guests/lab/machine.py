@@ -23,9 +23,9 @@ _BOOT_MODULES = (
     "9p",
     "overlay",
     "qemu_fw_cfg",
-    "kvm-amd",
     "tun",
     "loop",
+    "kvm-amd",
 )
 """Loaded before the job starts; the job's own modprobe, and the kernel's, find all the others."""
 
