@@ -36,7 +36,7 @@ class Guest:
         """The command of each VMM, with COM1 in the file `console`."""
         pyvmm = [sys.executable, "-m", "pyvmm", "run", "--memory", "256M", "--com1", f"file:{console}"]
         pyvmm += ["--kernel", self.kernel, "--cmdline", self.cmdline, "--enlightenments", self.enlightenments]
-        qemu = ["qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", f"host,{_HV_FLAGS}", "-m", "256"]
+        qemu = ["qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", f"host,kvm=off,{_HV_FLAGS}", "-m", "256"]
         qemu += ["-nodefaults", "-no-reboot", "-display", "none", "-serial", f"file:{console}"]
         qemu += ["-kernel", self.kernel, "-append", self.cmdline]
         if self.initrd:
