@@ -69,6 +69,33 @@ static void messages(void)
     expect_equal("ports.post_disconnected", "11.11.1", post(1), STATUS_INVALID_CONNECTION_ID);
 }
 
+/* A timer and a port with one slot: none of their messages may be lost or come twice. */
+static void shared_slot(void)
+{
+    struct message *slot = message_slot(SINT);
+    u32 timers = 0, posted = 0;
+
+    if (!(privileges_eax & EAX_STIMER))
+        return;
+    testdev(TESTDEV_MESSAGE_CREATE, 0, SINT, MESSAGE_CONNECTION);
+    post(0);
+    WAIT_UNTIL(slot->type, PATIENCE);
+    wrmsr_safe(MSR_STIMER0_COUNT, 1);
+    wrmsr_safe(MSR_STIMER0_CONFIG, TIMER_SINT(SINT) | TIMER_ENABLE);
+    post(1);
+    let_ticks_pass(1);
+    for (u32 i = 0; i < 5; i++) {
+        timers += slot->type == MESSAGE_TIMER_EXPIRED;
+        posted += slot->type == 1;
+        message_done(slot);
+        let_ticks_pass(1);
+    }
+    expect_equal("ports.shared_slot_timer", "11.8.6", timers, 1);
+    expect_equal("ports.shared_slot_messages", "11.8.6", posted, 2);
+    take_interrupts();
+    testdev(TESTDEV_MESSAGE_DESTROY, 0, SINT, MESSAGE_CONNECTION);
+}
+
 static void events(void)
 {
     volatile u32 *flags = event_flags(SINT) + EVENT_CONNECTION / 32;
@@ -171,6 +198,7 @@ void test_ports(void)
     synic_enable();
     wrmsr_safe(MSR_SINT0 + SINT, VECTOR);
     messages();
+    shared_slot();
     events();
     set_sint();
     synic_disable();
