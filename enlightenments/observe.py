@@ -30,7 +30,7 @@ _TICKS_PER_S = 10_000_000
 
 _SINT_MASKED = 1 << 16
 _SINT_AUTO_EOI = 1 << 17
-_TIMER_ENABLED = 1 << 0
+_TIMER_ENABLED = 1 << 0 | 1 << 3  # or to be enabled by the next COUNT
 _TIMER_DIRECT = 1 << 12
 
 
@@ -195,6 +195,7 @@ def _synic(synics: list[dict[str, Any]]) -> dict[str, Any]:
     enabled = [vp for vp, synic in enumerate(synics) if synic["scontrol"] & 1]
     return {
         "enabled_vps": enabled,
+        "kvm_timers": any(synic["kvm_timers"] for synic in synics),
         "masked_vps": [vp for vp in enabled if all(sint & _SINT_MASKED for sint in synics[vp]["sint"])],
         "auto_eoi": [
             {"vp": vp, "sint": number}

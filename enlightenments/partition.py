@@ -328,13 +328,14 @@ class Partition(Ports):
         if not value & _ENABLE:
             self._reference_page.remove()
         elif self._reference_page.gpa != value & _PAGE_ADDRESS and not self._reference_page.place(
-            value & _PAGE_ADDRESS, self._reference_content()
+            value & _PAGE_ADDRESS, self.reference_page()
         ):
             return False
         self._reference_msr = value
         return True
 
-    def _reference_content(self) -> bytes:
+    def reference_page(self) -> bytes:
+        """The reference TSC page. TLFS 12.7."""
         assert self.reference is not None
         sequence = 1  # 0 would tell the guest to use the MSR
         return b"".join(

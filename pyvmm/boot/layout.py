@@ -7,7 +7,7 @@ The ports are those of a PC/AT. RAM and its hole below 4 GiB are `pyvmm.core.mem
     0xF800_0000  free
     0xFEC0_0000  IOAPIC
     0xFEE0_0000  LAPIC
-    0xFEFF_C000  KVM's identity map page, then its three TSS pages
+    0xFEFF_B000  reference time for KVM (`pyvmm.machine.kvm_timers`), KVM's identity map page, its three TSS pages
     0xFF00_0000  firmware ROM of up to 16 MiB, ending at 4 GiB; QEMU's pc-testdev has its buffer at the start
 """
 
@@ -55,6 +55,8 @@ HIGH_MEMORY = 0x10_0000
 
 IOAPIC_ADDRESS = 0xFEC0_0000
 LAPIC_ADDRESS = 0xFEE0_0000
+#: A page that tells KVM of reference time, where KVM runs synthetic timers.
+KVM_REFERENCE_TIME_ADDRESS = 0xFEFF_B000
 #: KVM_SET_IDENTITY_MAP_ADDR (one page) and KVM_SET_TSS_ADDR (three pages).
 KVM_IDENTITY_MAP_ADDRESS = 0xFEFF_C000
 KVM_TSS_ADDRESS = 0xFEFF_D000
@@ -88,7 +90,7 @@ def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
             entries.append((0, EBDA_START, _E820_RAM))
             entries.append((EBDA_START, HIGH_MEMORY - EBDA_START, _E820_RESERVED))
             entries.append((HIGH_MEMORY, size - HIGH_MEMORY, _E820_RAM))
-            entries.append((KVM_IDENTITY_MAP_ADDRESS, KVM_PAGES_END - KVM_IDENTITY_MAP_ADDRESS, _E820_RESERVED))
+            entries.append((KVM_REFERENCE_TIME_ADDRESS, KVM_PAGES_END - KVM_REFERENCE_TIME_ADDRESS, _E820_RESERVED))
         else:
             entries.append((gpa, size, _E820_RAM))
     return entries

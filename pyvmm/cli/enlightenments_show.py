@@ -118,10 +118,12 @@ def _table(report: dict[str, Any]) -> RenderableType:
         )
     guest = escape(report["guest_os"]) or "a guest that has not told its name"
     head = f"{guest}; VM of {report['uptime_s']:.1f} s, {report['exits_per_s']:.0f} exits per second"
-    warnings = [
+    notes = [
         f"[yellow]{escape(warning['enlightenment'])}:[/] {escape(warning['text'])}" for warning in report["warnings"]
     ]
-    return Group(head, table, *warnings)
+    if report["synic"]["kvm_timers"]:
+        notes.insert(0, "KVM runs the timers: their ticks, and accesses of their COUNT, are not seen here")
+    return Group(head, table, *notes)
 
 
 def _state(value: bool | None) -> str:

@@ -227,6 +227,12 @@ class SynIC:
     direct_timers: bool
     """Whether timers may be set to direct mode; off at first, which makes their direct bit a reserved one."""
 
+    kvm_timers: bool
+    """Whether KVM runs the timers and knows the SINTs: KVM's SynIC is on, and accesses of COUNT do not exit.
+
+    To be set before the VP runs. What others than the VP read of its timers while it runs may be out of date.
+    """
+
     def __init__(self, memory: Memory, vm_fd: int, vp_index: int, apic_id: int, /) -> None: ...
     def set_space_event(self, eventfd: int, /) -> None:
         """Write to `eventfd` when a queue that refused a message has room again; -1 for none."""

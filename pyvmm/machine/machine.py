@@ -16,10 +16,11 @@ from pyvmm.boot.entry import BootError
 from pyvmm.core import _hot
 from pyvmm.core.clock import Clock
 from pyvmm.core.device import GuestViolation
-from pyvmm.core.kvm import abi
+from pyvmm.core.kvm import abi, capabilities
 from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.kvm.system import System
 from pyvmm.core.memory import GuestMemory
+from pyvmm.machine import kvm_timers
 from pyvmm.machine.config import ConfigError
 from pyvmm.machine.disks import Disks
 from pyvmm.machine.guest_memory import load_guest
@@ -91,7 +92,7 @@ class Machine:
             self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = load_guest(self.memory, self.config, self._vmbus)
             with System() as system:
-                self._create_vm(system)
+                self._create_vm(system, chosen)
                 self._assemble(system, chosen)
         except (BootError, ConfigError, KvmError, OSError) as error:
             self.close()
@@ -103,11 +104,14 @@ class Machine:
 
     # Assembly --------------------------------------------------------------------------------------
 
-    def _create_vm(self, system: System) -> None:
+    def _create_vm(self, system: System, chosen: Selection) -> None:
         system.require_capabilities()
+        self._kvm_timers = kvm_timers.wanted(system, chosen, self._tracer)
+        if self._kvm_timers:
+            kvm_timers.reserve_page(self.memory)
         self._vm = system.create_vm()
         # In this order: once a VM has interrupt controllers, KVM takes some 10 ms to publish a filter or memory.
-        self._vm.trap_msrs(tlfs.MSR_BASE, tlfs.MSR_COUNT)
+        self._vm.trap_msrs(tlfs.MSR_BASE, tlfs.MSR_COUNT, kvm_timers.COUNT_MSRS if self._kvm_timers else ())
         for region in self.memory.regions:
             self._vm.add_memory(region)
         self._vm.create_interrupt_controllers(layout.KVM_TSS_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS)
@@ -187,6 +191,11 @@ class Machine:
             self.partition.set_reference_time(vp.tsc_khz(), vp.tsc_offset())
         reference = self.partition.reference
         assert reference is not None
+        if index == 0 and self._kvm_timers:
+            page = self.partition.reference_page()
+            self._kvm_timers = kvm_timers.share_reference_time(self.memory, vp, reference, page)
+            if not self._kvm_timers:
+                self._vm.trap_msrs(tlfs.MSR_BASE, tlfs.MSR_COUNT)
         synic = self.partition.add_synic(self._vm.fd, index)
         hot = _hot.Vp(
             vp.fd,
@@ -201,6 +210,9 @@ class Machine:
             self.partition,
         )
         self.partition.add_vp(hot)
+        if self._kvm_timers:
+            vp.enable_capability(capabilities.HYPERV_SYNIC2)
+            synic.kvm_timers = True
         return vp, hot
 
     # What happens on VP threads --------------------------------------------------------------------

@@ -31,7 +31,9 @@ class ObservedGuest:
             "tsc_invariant": 0,
             "reenlightenment": 0,
             "assist_pages": [0, 0],
-            "synics": [{"scontrol": 0, "sint": [MASKED] * 16, "timers": [[0, 0, 0]] * 4} for _ in range(2)],
+            "synics": [
+                {"scontrol": 0, "sint": [MASKED] * 16, "timers": [[0, 0, 0]] * 4, "kvm_timers": False} for _ in range(2)
+            ],
         }
         self.signatures = {"0x40000000": "Microsoft Hv"}
         self.vmbus = False

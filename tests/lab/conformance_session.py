@@ -17,6 +17,8 @@ from guests.conformance.run import SHARED_SPEC, pyvmm_command, qemu_command
 RESULTS = Path(os.environ.get("PYVMM_LAB_RESULTS", "."))
 #: The lab's emulated processor has no TSC of constant rate.
 ALL_SPEC = ",".join(["full", *(f"+{name}" for name, entry in ENLIGHTENMENTS.items() if entry.host != "invariant-tsc")])
+#: What KVM takes part in where it runs the timers.
+TIMER_TOPICS = "synic,stimer,ports,autoeoi,idle"
 VPS = 2
 SECONDS = 60.0
 
@@ -24,13 +26,16 @@ SECONDS = 60.0
 def main() -> None:
     ended = {}
     for elf in map(Path, sys.argv[1:]):
-        for monitor in ("qemu", "pyvmm", "all"):
+        for monitor in ("qemu", "pyvmm", "all", "user"):
             console = RESULTS / f"{monitor}-{elf.stem}.txt"
             if monitor == "qemu":
                 command = qemu_command(elf, console, cpus=VPS)
             else:
                 spec = SHARED_SPEC if monitor == "pyvmm" else ALL_SPEC
-                command = pyvmm_command(elf, console, cpus=VPS, enlightenments=spec, timeout=SECONDS)
+                topics = TIMER_TOPICS if monitor == "user" else ""
+                command = pyvmm_command(elf, console, cpus=VPS, topics=topics, enlightenments=spec, timeout=SECONDS)
+                if monitor == "user":  # whoever traces MSRs wants to see the timers', so KVM does not run them
+                    command += ["--trace", "msr"]
             done = subprocess.run(
                 command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=2 * SECONDS
             )

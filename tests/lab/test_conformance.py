@@ -33,7 +33,7 @@ def values(found: Report) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("run", ["pyvmm", "all"])
+@pytest.mark.parametrize("run", ["pyvmm", "all", "user"])
 def test_pyvmm_conforms(session: Session, run: str, bits: int) -> None:
     found = report(session, run, bits)
     assert found.problem is None, "\n".join(f"{f.full_name} = {f.value} {f.note}" for f in found.failed)

@@ -19,6 +19,7 @@ def test_nothing_in_the_hole_overlaps() -> None:
         (layout.VMBUS_LOW_MMIO, layout.VMBUS_LOW_MMIO + layout.VMBUS_LOW_MMIO_SIZE),
         (layout.IOAPIC_ADDRESS, layout.IOAPIC_ADDRESS + 0x1000),
         (layout.LAPIC_ADDRESS, layout.LAPIC_ADDRESS + 0x1000),
+        (layout.KVM_REFERENCE_TIME_ADDRESS, layout.KVM_REFERENCE_TIME_ADDRESS + 0x1000),
         (layout.KVM_IDENTITY_MAP_ADDRESS, layout.KVM_IDENTITY_MAP_ADDRESS + 0x1000),
         (layout.KVM_TSS_ADDRESS, layout.KVM_TSS_ADDRESS + 0x3000),
         (layout.ROM_END - layout.ROM_MAX_SIZE, layout.ROM_END),

@@ -144,7 +144,7 @@ def test_e820_of_a_small_guest() -> None:
         (0, 0x9FC00, 1),
         (0x9FC00, 0x60400, 2),
         (MIB, 63 * MIB, 1),
-        (0xFEFF_C000, 0x4000, 2),
+        (0xFEFF_B000, 0x5000, 2),
     ]
 
 

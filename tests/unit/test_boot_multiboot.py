@@ -94,7 +94,7 @@ def test_the_information_tells_memory_command_line_and_loader(load: Any, tmp_pat
         (0, 0x9FC00, 1),
         (0x9FC00, 0x60400, 2),
         (MIB, 63 * MIB, 1),
-        (0xFEFFC000, 0x4000, 2),
+        (0xFEFFB000, 0x5000, 2),
     ]
 
 

@@ -70,6 +70,14 @@ def test_the_report_is_a_table_with_warnings(vm: str, machine: FakeMachine, caps
     assert "Linux 6.1.0; VM of 11.0 s, 97 exits per second" in shown
     assert "time: the guest does not use the reference TSC page" in shown
     assert "base: the vendor in CPUID is '[red]'" in shown
+    assert "KVM runs the timers" not in shown
+
+
+def test_the_table_says_what_kvm_keeps_from_it(vm: str, machine: FakeMachine, capsys: Output) -> None:
+    for synic in machine.observed.partition["synics"]:
+        synic["kvm_timers"] = True
+    assert main(["enlightenments", "show", vm]) == 0
+    assert "KVM runs the timers: their ticks, and accesses of their COUNT, are not seen here" in capsys.readouterr().out
 
 
 def test_a_vm_file_names_its_socket(vm: str, tmp_path: Path, capsys: Output) -> None:

@@ -99,6 +99,8 @@ def test_what_has_a_switch_is_enabled_by_it(guest: ObservedGuest) -> None:
     for name in ("synic", "stimer", "tsc-invariant", "reenlightenment", "vapic", "vmbus"):
         assert states(found, name) == (True, True, True), name
     assert states(found, "stimer-direct") == (True, False, False)
+    guest.partition["synics"][1]["timers"] = [[0x3_0008, 0, 0]] * 4  # its next COUNT enables it
+    assert states(guest.report(), "stimer") == (True, True, True)
     guest.partition["synics"][0]["timers"] = [[1 << 12 | 0x31, 9, 9]] * 4
     assert states(guest.report(), "stimer-direct") == (True, True, True)
 

@@ -44,7 +44,7 @@ void hot_synic_set_direct_fd(SynICObject *self, int fd)
 bool hot_synic_has_direct(SynICObject *self)
 {
 	pthread_mutex_lock(&self->lock);
-	bool has = stimers_wait_direct(self);
+	bool has = !self->kvm_timers && stimers_wait_direct(self);
 	pthread_mutex_unlock(&self->lock);
 	return has;
 }

@@ -126,6 +126,8 @@ void hot_synic_interrupt(SynICObject *synic, uint8_t vector);
 // The highest vector of an auto-EOI SINT that waits for its VP, or -1; and that it has been taken.
 int hot_synic_auto_eoi(SynICObject *synic);
 void hot_synic_auto_eoi_done(SynICObject *synic, int vector);
+// Whether KVM runs a timer that may expire.
+bool hot_synic_kvm_timer_on(const SynICObject *synic);
 // Names the VP that must wake up when a message is queued; NULL for none.
 void hot_synic_attach(SynICObject *synic, VpObject *vp);
 

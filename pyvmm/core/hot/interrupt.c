@@ -19,6 +19,7 @@ enum {
 
 	IDLE_NAP_NS = 20000,
 	IDLE_NAPS = 50,
+	IDLE_NAPS_WITH_KVM_TIMER = 5, // it only expires in KVM_RUN
 };
 
 static uint32_t apic_register(const struct kvm_lapic_state *lapic, unsigned offset)
@@ -98,7 +99,8 @@ void hot_vp_idle(VpObject *self)
 {
 	const struct timespec nap = {.tv_nsec = IDLE_NAP_NS};
 	struct kvm_lapic_state lapic;
-	for (unsigned naps = 0; naps < IDLE_NAPS; naps++) {
+	unsigned most = hot_synic_kvm_timer_on(self->synic) ? IDLE_NAPS_WITH_KVM_TIMER : IDLE_NAPS;
+	for (unsigned naps = 0; naps < most; naps++) {
 		if (atomic_load(&self->scan_requested) || atomic_load(&self->stop_requested) ||
 		    hot_synic_auto_eoi(self->synic) >= 0 || ioctl(self->fd, KVM_GET_LAPIC, &lapic) < 0 ||
 		    highest_vector(&lapic, APIC_IRR) >= 0)
@@ -109,15 +111,28 @@ void hot_vp_idle(VpObject *self)
 
 // APIC registers ------------------------------------------------------------------------------------------
 
-static bool host_msr(VpObject *self, bool write, uint32_t index, uint64_t *value)
+bool hot_vp_kvm_msrs(VpObject *self, bool write, struct kvm_msr_entry *entries, unsigned count)
 {
 	struct {
 		struct kvm_msrs head;
-		struct kvm_msr_entry entry;
-	} request = {.head = {.nmsrs = 1}, .entry = {.index = index, .data = *value}};
-	if (ioctl(self->fd, write ? KVM_SET_MSRS : KVM_GET_MSRS, &request) != 1)
+		struct kvm_msr_entry entries[MAX_KVM_MSRS];
+	} request = {.head = {.nmsrs = count}};
+	memcpy(request.entries, entries, count * sizeof(*entries));
+	pthread_mutex_lock(&self->thread_lock); // a VP that is not in `run` cannot enter it now
+	bool done = (!self->running || pthread_equal(self->thread, pthread_self())) &&
+		    ioctl(self->fd, write ? KVM_SET_MSRS : KVM_GET_MSRS, &request) == (int)count;
+	pthread_mutex_unlock(&self->thread_lock);
+	if (done)
+		memcpy(entries, request.entries, count * sizeof(*entries));
+	return done;
+}
+
+static bool host_msr(VpObject *self, bool write, uint32_t index, uint64_t *value)
+{
+	struct kvm_msr_entry entry = {.index = index, .data = *value};
+	if (!hot_vp_kvm_msrs(self, write, &entry, 1))
 		return false;
-	*value = request.entry.data;
+	*value = entry.data;
 	return true;
 }
 

@@ -27,7 +27,7 @@ static uint64_t after(uint64_t time, uint64_t count)
 	return time + count < time ? UINT64_MAX : time + count;
 }
 
-static void arm(struct stimer *timer, uint64_t now)
+void stimer_arm(struct stimer *timer, uint64_t now)
 {
 	timer->due = 0;
 	if (!(timer->config & CONFIG_ENABLE) || !timer->count)
@@ -35,8 +35,10 @@ static void arm(struct stimer *timer, uint64_t now)
 	timer->due = timer->config & CONFIG_PERIODIC ? after(now, timer->count) : timer->count;
 }
 
-uint64_t stimer_read(const SynICObject *self, unsigned reg)
+uint64_t stimer_read(SynICObject *self, unsigned reg)
 {
+	if (self->kvm_timers)
+		kvm_timers_load(self);
 	const struct stimer *timer = &self->timers[reg / 2];
 	return reg % 2 ? timer->count : timer->config;
 }
@@ -44,6 +46,8 @@ uint64_t stimer_read(const SynICObject *self, unsigned reg)
 bool stimer_write(SynICObject *self, unsigned reg, uint64_t value, uint64_t now)
 {
 	struct stimer *timer = &self->timers[reg / 2];
+	if (self->kvm_timers)
+		kvm_timers_load(self);
 	if (reg % 2) {
 		timer->count = value;
 		if (!value)
@@ -58,7 +62,9 @@ bool stimer_write(SynICObject *self, unsigned reg, uint64_t value, uint64_t now)
 			value &= ~CONFIG_ENABLE;
 		timer->config = value;
 	}
-	arm(timer, now);
+	stimer_arm(timer, now);
+	if (self->kvm_timers)
+		kvm_timers_store(self, reg / 2, 1);
 	return true;
 }
 
@@ -113,6 +119,26 @@ bool stimers_wait_direct(const SynICObject *self)
 			return true;
 	}
 	return false;
+}
+
+bool stimers_on(const SynICObject *self)
+{
+	for (unsigned i = 0; i < STIMER_COUNT; i++) {
+		if (self->timers[i].config & (CONFIG_ENABLE | CONFIG_AUTO_ENABLE))
+			return true;
+	}
+	return false;
+}
+
+unsigned stimers_sints(const SynICObject *self)
+{
+	unsigned sints = 0;
+	for (unsigned i = 0; i < STIMER_COUNT; i++) {
+		uint64_t config = self->timers[i].config;
+		if ((config & (CONFIG_ENABLE | CONFIG_AUTO_ENABLE)) && !(config & CONFIG_DIRECT))
+			sints |= 1u << config_sint(config);
+	}
+	return sints;
 }
 
 PyObject *stimers_save(const struct stimer *timers)

@@ -62,14 +62,15 @@ void hot_synic_interrupt(SynICObject *self, uint8_t vector)
 	pthread_mutex_unlock(&self->lock);
 }
 
-// KVM's LAPIC wants an EOI for all that it delivers: a vector without one goes to the VP's own thread.
+// A LAPIC of KVM's that knows nothing of our SINTs wants an EOI for all that it delivers: a vector without one goes to the
+// VP's own thread.
 void synic_raise(SynICObject *self, unsigned sint)
 {
 	uint64_t value = self->sint[sint];
 	uint8_t vector = (uint8_t)value;
 	if (value & SINT_POLLING)
 		return;
-	if (!(value & SINT_AUTO_EOI)) {
+	if (!(value & SINT_AUTO_EOI) || self->kvm_timers) {
 		synic_interrupt(self, vector);
 		return;
 	}
@@ -94,7 +95,7 @@ void hot_synic_auto_eoi_done(SynICObject *self, int vector)
 	atomic_fetch_and(&self->auto_eoi[vector / 64], ~(1ull << vector % 64));
 }
 
-static bool sint_open(const SynICObject *self, unsigned sint)
+bool synic_sint_open(const SynICObject *self, unsigned sint)
 {
 	return (self->scontrol & 1) && !(self->sint[sint] & (SINT_MASKED | SINT_PROXY));
 }
@@ -102,7 +103,7 @@ static bool sint_open(const SynICObject *self, unsigned sint)
 enum delivery synic_deliver(SynICObject *self, unsigned sint, uint32_t type, uint64_t sender, const void *payload,
 			    uint8_t size)
 {
-	if (!sint_open(self, sint) || !(self->simp & PAGE_ENABLE))
+	if (!synic_sint_open(self, sint) || !(self->simp & PAGE_ENABLE))
 		return CLOSED;
 	struct message_slot *slot = hot_memory_ptr(
 		self->memory, (self->simp & PAGE_ADDRESS) + sint * sizeof(struct message_slot), sizeof(*slot), true);
@@ -163,8 +164,8 @@ uint64_t hot_synic_scan(SynICObject *self, uint64_t now)
 	pthread_mutex_lock(&self->lock);
 	for (unsigned sint = 0; sint < SINT_COUNT; sint++)
 		queue_drain(self, sint);
-	uint64_t deadline = stimers_scan(self, now, false);
-	uint64_t direct = stimers_scan(self, now, true);
+	uint64_t deadline = self->kvm_timers ? 0 : stimers_scan(self, now, false);
+	uint64_t direct = self->kvm_timers ? 0 : stimers_scan(self, now, true);
 	if (self->direct_fd >= 0)
 		direct_arm(self, direct, now);
 	else if (direct && (!deadline || direct < deadline))
@@ -248,6 +249,16 @@ static bool write_page_msr(SynICObject *self, uint64_t *msr, uint64_t value)
 	return true;
 }
 
+// KVM knows neither SINTs that are proxies, which no message reaches, nor polled ones: no LAPIC ever delivers vector 0.
+// Those that it has no business with it must not know, for on some processors it wants an exit for each of their EOIs.
+uint64_t synic_sint_for_kvm(const SynICObject *self, unsigned sint, bool timer)
+{
+	uint64_t value = self->sint[sint];
+	if ((value & SINT_PROXY) || (!timer && !(value & SINT_AUTO_EOI)))
+		return SINT_MASKED;
+	return value & SINT_POLLING ? value & SINT_MASKED : value;
+}
+
 bool synic_sint_valid(uint64_t value)
 {
 	return (value & SINT_MASKED) || (value & 0xff) >= FIRST_VALID_VECTOR;
@@ -285,6 +296,12 @@ bool hot_synic_write_msr(SynICObject *self, uint32_t index, uint64_t value, uint
 		else
 			valid = false;
 	}
+	if (valid && self->kvm_timers) {
+		if (index == MSR_EOM)
+			kvm_timers_eom(self);
+		else
+			kvm_timers_connect(self);
+	}
 	pthread_mutex_unlock(&self->lock);
 	return valid;
 }
@@ -293,7 +310,7 @@ bool hot_synic_write_msr(SynICObject *self, uint32_t index, uint64_t value, uint
 
 bool synic_set_event_flag(SynICObject *self, unsigned sint, unsigned flag)
 {
-	if (!sint_open(self, sint) || !(self->siefp & PAGE_ENABLE))
+	if (!synic_sint_open(self, sint) || !(self->siefp & PAGE_ENABLE))
 		return false;
 	uint64_t gpa = (self->siefp & PAGE_ADDRESS) + sint * (EVENT_FLAGS / 8) + flag / 32 * 4;
 	_Atomic uint32_t *word = hot_memory_ptr(self->memory, gpa, sizeof(*word), true);
@@ -320,7 +337,7 @@ bool hot_synic_signal_event(SynICObject *self, unsigned sint, unsigned flag)
 
 bool synic_raise_sint(SynICObject *self, unsigned sint)
 {
-	if (!sint_open(self, sint))
+	if (!synic_sint_open(self, sint))
 		return false;
 	synic_raise(self, sint);
 	return true;

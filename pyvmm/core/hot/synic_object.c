@@ -150,10 +150,19 @@ static PyObject *synic_take_interrupts(SynICObject *self, PyObject *Py_UNUSED(ig
 	return list;
 }
 
+static void tell_kvm(SynICObject *self)
+{
+	if (!self->kvm_timers)
+		return;
+	kvm_timers_store(self, 0, STIMER_COUNT);
+	kvm_timers_connect(self);
+}
+
 static PyObject *synic_reset(SynICObject *self, PyObject *Py_UNUSED(ignored))
 {
 	pthread_mutex_lock(&self->lock);
 	synic_power_on(self);
+	tell_kvm(self);
 	pthread_mutex_unlock(&self->lock);
 	Py_RETURN_NONE;
 }
@@ -186,6 +195,8 @@ static struct snapshot *take_snapshot(SynICObject *self)
 		return NULL;
 	}
 	pthread_mutex_lock(&self->lock);
+	if (self->kvm_timers)
+		kvm_timers_load(self);
 	snapshot->synic = *self;
 	for (unsigned i = 0; i < SINT_COUNT; i++) {
 		if (self->queues[i])
@@ -320,6 +331,7 @@ static bool apply_state(SynICObject *self, const struct snapshot *snapshot)
 			done = synic_enqueue(self, sint, queue->messages[i].type, queue->messages[i].payload,
 					     queue->messages[i].size);
 	}
+	tell_kvm(self);
 	pthread_mutex_unlock(&self->lock);
 	return done;
 }
@@ -352,11 +364,12 @@ static PyObject *synic_inspect(SynICObject *self, PyObject *Py_UNUSED(ignored))
 	for (unsigned i = 0; i < SINT_COUNT; i++)
 		queued += snapshot->queues[i].count;
 	PyObject *result =
-		Py_BuildValue("{s:K,s:K,s:K,s:N,s:K,s:K,s:K,s:I,s:N,s:N}", "scontrol", synic->scontrol, "siefp",
+		Py_BuildValue("{s:K,s:K,s:K,s:N,s:K,s:K,s:K,s:I,s:N,s:O,s:N}", "scontrol", synic->scontrol, "siefp",
 			      synic->siefp, "simp", synic->simp, "sint", sint_list(snapshot), "messages_delivered",
 			      synic->messages_delivered, "messages_dropped", synic->messages_dropped, "interrupts",
 			      synic->interrupts_raised, "messages_queued", queued, "timers",
-			      stimers_save(synic->timers), "auto_eoi", auto_eoi_list(synic));
+			      stimers_save(synic->timers), "kvm_timers", synic->kvm_timers ? Py_True : Py_False,
+			      "auto_eoi", auto_eoi_list(synic));
 	PyMem_RawFree(snapshot);
 	return result;
 }
@@ -380,6 +393,7 @@ static PyMethodDef synic_methods[] = {
 
 static PyMemberDef synic_members[] = {
 	{"direct_timers", T_BOOL, offsetof(SynICObject, direct_timers), 0, NULL},
+	{"kvm_timers", T_BOOL, offsetof(SynICObject, kvm_timers), 0, NULL},
 	{0},
 };
 

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <string.h>
 #include <structmember.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>

@@ -20,6 +20,7 @@ enum {
 	EXTENDED_HYPERCALLS = 0x10,
 	HYPERCALL_SLOTS = PLAIN_HYPERCALLS + EXTENDED_HYPERCALLS,
 	MAX_LAYOUTS = 32,
+	MAX_KVM_MSRS = 18,
 	MAX_PEERS = 64, // flushes and IPIs keep sets of VPs in 64 bits
 
 	// 500 us: how long a timer that has fired leaves the guest alone until it has shown that it runs. With shorter
@@ -131,6 +132,9 @@ void hot_vp_end_direct(VpObject *self);
 bool hot_vp_inject(VpObject *self);
 // Waits for an interrupt, for the GUEST_IDLE MSR, but not for ever.
 void hot_vp_idle(VpObject *self);
+// Reads or writes MSRs that KVM keeps, at most MAX_KVM_MSRS. False if KVM refuses one, or while the VP runs on another
+// thread, which KVM would keep this one waiting for.
+bool hot_vp_kvm_msrs(VpObject *self, bool write, struct kvm_msr_entry *entries, unsigned count);
 // EOI, ICR and TPR by MSR. False where the guest must get #GP.
 bool hot_vp_owns_apic_msr(uint32_t index);
 bool hot_vp_apic_msr(VpObject *self, bool write, uint32_t index, uint64_t *value);

@@ -19,6 +19,7 @@ SIGNAL_MSI = 77
 READONLY_MEM = 81
 VCPU_ATTRIBUTES = 127
 IMMEDIATE_EXIT = 136
+HYPERV_SYNIC2 = 148
 X86_USER_SPACE_MSR = 188
 X86_MSR_FILTER = 189
 
@@ -82,6 +83,12 @@ CAPABILITIES: tuple[tuple[str, int, bool, str], ...] = (
         HYPERV,
         False,
         "the enlightenment vapic: APIC registers by MSR",
+    ),
+    (
+        "KVM_CAP_HYPERV_SYNIC2",
+        HYPERV_SYNIC2,
+        False,
+        "synthetic timers run by KVM: ticks without exits",
     ),
     (
         "KVM_CAP_READONLY_MEM",

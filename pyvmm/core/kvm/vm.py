@@ -12,6 +12,7 @@ from pyvmm.core.kvm.vp import Vp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from pyvmm.core.memory import Region
@@ -60,11 +61,13 @@ class Vm:
         request.args[0] = argument
         ioctl(self.fd, abi.ENABLE_CAP, request)
 
-    def trap_msrs(self, base: int, count: int) -> None:
-        """Make `count` MSRs from `base`, and all that KVM does not know, exit to user space."""
+    def trap_msrs(self, base: int, count: int, let_through: Iterable[int] = ()) -> None:
+        """Make `count` MSRs from `base`, but those to be `let_through`, and all that KVM does not know, exit to us."""
         reasons = abi.MSR_EXIT_REASON_UNKNOWN | abi.MSR_EXIT_REASON_FILTER
         self.enable_capability(capabilities.X86_USER_SPACE_MSR, reasons)
         bitmap = (ctypes.c_uint8 * (count // 8))()  # a clear bit denies the access to KVM
+        for index in let_through:
+            bitmap[(index - base) // 8] |= 1 << (index - base) % 8
         request = abi.MsrFilter()
         request.ranges[0].flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
         request.ranges[0].base = base

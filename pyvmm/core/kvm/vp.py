@@ -78,6 +78,10 @@ class Vp:
             pairs = pairs[done + 1 :]
         return total
 
+    def enable_capability(self, number: int) -> None:
+        """KVM_ENABLE_CAP without arguments."""
+        ioctl(self.fd, abi.ENABLE_CAP, abi.EnableCap(cap=number))
+
     def set_cpuid(self, entries: list[abi.CpuidEntry]) -> None:
         """Give the VP its CPUID leaves."""
         table = abi.cpuid_table(len(entries))()
