@@ -36,6 +36,7 @@ if grep -q until_killed /proc/cmdline; then
 fi
 
 LOAD=/dev/$(disk_of 524288)
+result load_sector "$(blockdev --getss "$LOAD")"
 verified load "$LOAD" 256M &
 LOADING=$!
 dd if=/dev/urandom of=/mnt/file bs=1M count=16 2>/dev/null && sync

@@ -20,10 +20,10 @@ BOOT_SECONDS = 300.0
 KILLED_AFTER = 60
 
 
-def image(name: str, mebibytes: int) -> str:
+def image(name: str, mebibytes: int, *options: str) -> str:
     """Make an empty image of the format that the name's suffix tells."""
     path = str(DISKS / name)
-    subprocess.run([sys.executable, "-m", "pyvmm", "disk", "create", path, f"{mebibytes}M"], check=True)
+    subprocess.run([sys.executable, "-m", "pyvmm", "disk", "create", path, f"{mebibytes}M", *options], check=True)
     return path
 
 
@@ -38,7 +38,7 @@ def checked(*names: str) -> dict[str, Any]:
 
 
 def storvsp(vmlinux: str, initrd: str, root: str, seconds: float) -> dict[str, Any]:
-    """Root on VHDX over storvsp; load on a dynamic VHDX while disks come, go, grow and fail."""
+    """Root on VHDX over storvsp; load on a dynamic VHDX of 4096-byte sectors while disks come, go, grow and fail."""
     shutil.copyfile(root, DISKS / "root.vhdx")
     failing = Path(image("failing.img", 16))
     vm = Vm(
@@ -46,7 +46,14 @@ def storvsp(vmlinux: str, initrd: str, root: str, seconds: float) -> dict[str, A
         BOOT_SECONDS + seconds,
         *("--kernel", vmlinux, "--initrd", initrd, "--cpus", "2", "--memory", "768M"),
         *("--cmdline", f"console=ttyS0 quiet panic=-1 root=LABEL=root fio_seconds={seconds:g}"),
-        *("--disk", str(DISKS / "root.vhdx"), "--disk", image("load.vhdx", 256), "--disk", str(failing)),
+        *(
+            "--disk",
+            str(DISKS / "root.vhdx"),
+            "--disk",
+            image("load.vhdx", 256, "--sector-size", "4096"),
+            "--disk",
+            str(failing),
+        ),
     )
     steps: dict[str, Any] = {}
     if vm.until("ready", "under-load"):

@@ -62,6 +62,10 @@ def test_mixed_load_reads_back_what_it_wrote(session: Session) -> None:
         assert "total=" in told(report, f"fio_{name}_io")
 
 
+def test_load_is_on_a_disk_of_4096_byte_sectors(life: dict[str, Any]) -> None:
+    assert told(life, "load_sector") == "4096"
+
+
 def test_root_disk_serves_while_another_is_under_load(life: dict[str, Any]) -> None:
     assert told(life, "root_sum") == told(life, "root_sum_again")
 
