@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 from devices.storage.backend import DATA, ZERO, DiskError
@@ -111,14 +112,20 @@ def in_parallel(work: Iterator[Extent], do: Callable[[Extent, memoryview], None]
             stop = True
 
     threads = [threading.Thread(target=run, name=f"copy-{number}") for number in range(_THREADS)]
-    for thread in threads:
-        thread.start()
     try:
+        # What a signal handler raises must not come in the middle of a start: nobody would wait for that thread then.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            for thread in threads:
+                thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for thread in threads:
             thread.join()
     finally:
         stop = True
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     if errors:
         raise errors[0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import subprocess
 import threading
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.storage import copy, diff
-from devices.storage.backend import DiskError
-from devices.storage.copy import copy_disk, copy_extents
+from devices.storage.backend import DATA, DiskError, Extent
+from devices.storage.copy import copy_disk, copy_extents, ignore, in_parallel
 from devices.storage.create import create_image, new_image
 from devices.storage.diff import compare
 from devices.storage.file import HostFile
@@ -26,7 +28,7 @@ from pyvmm.core._hot import data_runs
 from tests.fakes.disks import LayeredDisk, MemoryDisk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from devices.storage.backend import Disk
 
@@ -364,3 +366,32 @@ def test_a_raw_copy_shares_its_data_where_the_file_system_can(xfs: Path) -> None
         assert (before - os.statvfs(xfs).f_bfree) * 4096 < 1 << 20
     finally:
         subprocess.run(["umount", str(xfs)], check=True)
+
+
+def test_a_signal_while_threads_start_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "copy-1":
+            signal.raise_signal(signal.SIGUSR1)
+        start(thread)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+
+    def work() -> Iterator[Extent]:
+        for number in count():
+            yield Extent(number << 20, 1 << 20, DATA)
+
+    try:
+        with pytest.raises(Stopped):
+            in_parallel(work(), lambda extent, buffer: None, ignore)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("copy-")]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
