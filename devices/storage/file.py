@@ -61,11 +61,14 @@ class InUse(DiskError):
 
 
 class SharedFlush:
-    """A flush by several threads at once: those who ask while one is under way share the next."""
+    """A flush by several threads at once: those who ask while one is under way share the next.
 
-    def __init__(self, flush: Callable[[], None]) -> None:
+    `lock` is held meanwhile.
+    """
+
+    def __init__(self, flush: Callable[[], None], lock: threading.Lock | None = None) -> None:
         self._flush = flush
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
         self._begun = self._done = 0
 
     def __call__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from devices.storage.backend import DiskError
+from devices.storage.file import SharedFlush
 from devices.storage.vhdx.format import (
     ABSENT,
     LOG_SECTOR,
@@ -51,7 +52,7 @@ class VhdxDisk(VhdxImage):
         self.journal = Journal(self.file, self.headers)
         #: Held while the log is written, and taken before `lock`; never by I/O that `inflight` counts.
         self.flush_lock = threading.Lock()
-        self._flushes_begun = self._flushes_done = 0
+        self._shared_flush = SharedFlush(self.write_back, self.flush_lock)
         #: What the disk is known by from its first change in this session on, and whether that has come.
         self._next_data_write = new_guid()
         self._changing = False
@@ -213,15 +214,8 @@ class VhdxDisk(VhdxImage):
     # Durability ------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        if not self.journal.started:
-            return
-        # Whoever waited while another flush began and ended needs none of his own.
-        following = self._flushes_begun + 1
-        with self.flush_lock:
-            if self._flushes_done < following:
-                self._flushes_begun = number = self._flushes_begun + 1
-                self.write_back()
-                self._flushes_done = number
+        if self.journal.started:
+            self._shared_flush()
 
     def write_back(self) -> None:
         """Make everything durable: data first, then what was changed around it. The caller has the flush lock."""
