@@ -53,6 +53,7 @@ bool lists(const char *key, const char *item);
 void idt_fill(u16 code_selector);
 void idt_load(void);
 bool fix_up(struct frame *frame); /* resume an instruction that was expected to fault; false if none was */
+void print_exception(const char *guest, const struct frame *frame); /* the beginning of a line */
 void on_trap(struct frame *frame); /* the guest's own: every exception and interrupt */
 
 static inline void outb(u16 port, u8 value)

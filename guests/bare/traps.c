@@ -46,6 +46,17 @@ void idt_load(void)
     __asm__ volatile("lidt %0" : : "m"(pointer));
 }
 
+void print_exception(const char *guest, const struct frame *frame)
+{
+    print(guest);
+    print(": exception ");
+    print_decimal((u32)frame->vector);
+    print(" error ");
+    print_hex(frame->error);
+    print(" ip ");
+    print_hex(frame->ip);
+}
+
 bool fix_up(struct frame *frame)
 {
     for (const struct fixup *fixup = fixups_start; fixup < fixups_end; fixup++)

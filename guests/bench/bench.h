@@ -38,7 +38,6 @@ u16 pci_ports(u32 device, u32 bar); /* where an I/O BAR is, or 0 */
 /* start.S */
 void run_as_user(void (*job)(void)); /* in ring 3, with all I/O ports and interrupts off */
 extern u8 trap_stack_end[];
-extern u8 hypercall_page[PAGE_SIZE];
 
 static inline void pause(void)
 {

@@ -75,12 +75,7 @@ void on_trap(struct frame *frame)
         leave_user();
     if (fix_up(frame))
         return;
-    print("bench: exception ");
-    print_decimal((u32)frame->vector);
-    print(" error ");
-    print_hex(frame->error);
-    print(" rip ");
-    print_hex(frame->ip);
+    print_exception("bench", frame);
     print("\n");
     outl(EXIT_PORT, 1);
 }

@@ -2,22 +2,9 @@
  * hypercalls. The 64-bit build runs in long mode; the 32-bit build without paging, which KVM without hardware
  * virtualisation (kvm_pvm) does not have in protected mode.
  */
-#define PAGE_SIZE 4096
-#define MAX_VPS 64
-#define STACK_SIZE 16384
-#define CODE32 0x08
-#define CODE64 0x10
-#define DATA 0x18
+#include "../bare/entry.h"
 
-#ifdef __x86_64__
-#define CR0_WANTED 0x80010033 /* PG WP NE ET MP PE */
-#define CR4_WANTED 0x620      /* OSXMMEXCPT OSFXSR PAE */
-#else
-#define CR0_WANTED 0x00000033 /* NE ET MP PE */
-#define CR4_WANTED 0x600      /* OSXMMEXCPT OSFXSR */
-#endif
-#define EFER 0xc0000080
-#define EFER_LME 0x100
+#define MAX_VPS 64
 
     .section .text.entry, "ax"
     .code32
@@ -34,24 +21,7 @@ kit_entry:
 /* Every VP passes here; its number is its initial APIC id. */
     .globl protected_mode
 protected_mode:
-    mov $DATA, %eax
-    mov %eax, %ds
-    mov %eax, %es
-    mov %eax, %ss
-    mov %eax, %fs
-    mov %eax, %gs
-    mov $CR4_WANTED, %eax
-    mov %eax, %cr4
-#ifdef __x86_64__
-    mov $page_root, %eax
-    mov %eax, %cr3
-    mov $EFER, %ecx
-    rdmsr
-    or $EFER_LME, %eax
-    wrmsr
-#endif
-    mov $CR0_WANTED, %eax
-    mov %eax, %cr0
+    enter_mode
 #ifdef __x86_64__
     ljmp $CODE64, $full_mode
     .code64
@@ -191,31 +161,14 @@ hypercall_changes:
     return_from_page
 #endif
 
-/* An AP starts here in real mode at a page below 1 MiB that vp.c copied this to; CS:0 is the page. */
-    .globl trampoline_start, trampoline_end
-    .code16
-trampoline_start:
-    cli
-    mov %cs, %ax
-    mov %ax, %ds
-    lgdtl (trampoline_gdt_pointer - trampoline_start)
-    mov %cr0, %eax
-    or $1, %eax
-    mov %eax, %cr0
-    ljmpl $CODE32, $protected_mode
-trampoline_gdt_pointer:
-    .word gdt_end - gdt - 1
-    .long gdt
-trampoline_end:
+/* An AP starts here, in a page that vp.c copied this to. */
+    ap_trampoline protected_mode
 
     .data
     .balign 16
     .globl gdt, multiboot_information
 gdt:
-    .quad 0
-    .quad 0x00cf9b000000ffff
-    .quad 0x00af9b000000ffff
-    .quad 0x00cf93000000ffff
+    flat_descriptors
 gdt_end:
 gdt_pointer:
     .word gdt_end - gdt - 1
@@ -224,21 +177,8 @@ multiboot_information:
     .long 0
 
 #ifdef __x86_64__
-/* The first 4 GiB, each 2 MiB page mapped to itself, writable. */
-    .balign PAGE_SIZE
     .globl page_root, page_directory
-page_root:
-    .quad page_directory_pointers + 3
-    .fill 511, 8, 0
-page_directory_pointers:
-    .quad page_directory + 3, page_directory + 0x1003, page_directory + 0x2003, page_directory + 0x3003
-    .fill 508, 8, 0
-page_directory:
-    .set page, 0
-    .rept 2048
-    .quad page + 0x83
-    .set page, page + 0x200000
-    .endr
+    identity_map 3
 #endif
 
     .bss

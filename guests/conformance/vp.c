@@ -95,12 +95,7 @@ void on_trap(struct frame *frame)
     }
     if (fix_up(frame))
         return;
-    print("kit: exception ");
-    print_decimal(vector);
-    print(" error ");
-    print_hex(frame->error);
-    print(" ip ");
-    print_hex(frame->ip);
+    print_exception("kit", frame);
     print(" vp ");
     print_decimal(vp->number);
     print("\n");

@@ -51,7 +51,6 @@ extern u8 scratch[2 * PAGE_SIZE];
 
 /* start.S */
 u64 hypercall_32(u64 control, u64 input, u64 output); /* the same, through compatibility mode */
-extern u8 hypercall_page[PAGE_SIZE];
 extern u8 vp_stacks[MAX_VPS][STACK_SIZE];
 extern u8 trampoline_start[], trampoline_end[];
 extern volatile u32 ap_count;

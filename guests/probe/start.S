@@ -2,12 +2,9 @@
  *
  * Entered as Linux's 64-bit boot protocol says: long mode, identity map, interrupts off, RSI = boot_params.
  */
-#define PAGE_SIZE 4096
+#include "../bare/entry.h"
+
 #define MAX_VPS 64
-#define STACK_SIZE 16384
-#define CODE32 0x08
-#define CODE64 0x10
-#define DATA 0x18
 
     .section .text.entry, "ax"
     .code64
@@ -38,15 +35,6 @@ load_segments:
     lretq
 
     .text
-/* u64 hypercall_64(u64 control, u64 input, u64 output): RCX, RDX, R8; result in RAX. */
-    .globl hypercall_64
-hypercall_64:
-    mov %rdi, %rcx
-    mov %rdx, %r8
-    mov %rsi, %rdx
-    mov $hypercall_page, %eax
-    jmp *%rax
-
 /* u64 hypercall_32(u64 control, u64 input, u64 output): EDX:EAX, EBX:ECX, EDI:ESI; result in EDX:EAX. */
     .globl hypercall_32
 hypercall_32:
@@ -80,22 +68,8 @@ long_mode_again:
     pop %rbx
     ret
 
-/* An AP starts here in real mode at a page below 1 MiB that smp.c copied this to; CS:0 is the page. */
-    .globl trampoline_start, trampoline_end
-    .code16
-trampoline_start:
-    cli
-    mov %cs, %ax
-    mov %ax, %ds
-    lgdtl (trampoline_gdt_pointer - trampoline_start)
-    mov %cr0, %eax
-    or $1, %eax
-    mov %eax, %cr0
-    ljmpl $CODE32, $ap_protected_mode
-trampoline_gdt_pointer:
-    .word gdt_end - gdt - 1
-    .long gdt
-trampoline_end:
+/* An AP starts here, in a page that smp.c copied this to. */
+    ap_trampoline ap_protected_mode
 
     .code32
 ap_protected_mode:
@@ -133,10 +107,7 @@ ap_long_mode:
     .data
     .balign 16
 gdt:
-    .quad 0
-    .quad 0x00cf9b000000ffff
-    .quad 0x00af9b000000ffff
-    .quad 0x00cf93000000ffff
+    flat_descriptors
 gdt_end:
 gdt_pointer:
     .word gdt_end - gdt - 1
@@ -151,11 +122,9 @@ ap_cr4: .quad 0
 ap_efer: .quad 0
 
     .bss
-    .globl vp_stacks, hypercall_page
+    .globl vp_stacks
     .balign STACK_SIZE
 vp_stacks:
     .skip MAX_VPS * STACK_SIZE
-hypercall_page:
-    .skip PAGE_SIZE
 
     .section .note.GNU-stack, "", @progbits

@@ -34,12 +34,7 @@ void on_trap(struct frame *frame)
     }
     if (fix_up(frame))
         return;
-    print("probe: exception ");
-    print_decimal((u32)frame->vector);
-    print(" error ");
-    print_hex(frame->error);
-    print(" rip ");
-    print_hex(frame->ip);
+    print_exception("probe", frame);
     print("\n");
     power_off();
 }

@@ -50,8 +50,8 @@ def test_carriage_returns_and_strangers_lines_are_skipped() -> None:
 
 
 def test_an_unfinished_report_is_a_problem_that_names_the_last_note() -> None:
-    parsed = parse("probe: start\nprobe: msr.sversion = 0x1 ok\nprobe: exception 14 error 0x0 rip 0x200000\n")
-    assert parsed.problem == "the probe did not finish; its last note: exception 14 error 0x0 rip 0x200000"
+    parsed = parse("probe: start\nprobe: msr.sversion = 0x1 ok\nprobe: exception 14 error 0x0 ip 0x200000\n")
+    assert parsed.problem == "the probe did not finish; its last note: exception 14 error 0x0 ip 0x200000"
 
 
 def test_silence_is_a_problem() -> None:

@@ -71,6 +71,9 @@ struct open_result {
 struct message *message_slot(u32 sint);
 volatile u64 *event_flags(u32 sint);
 u32 post_message(u32 connection, u32 type, const void *payload, u32 size); /* retries while the host has no room */
+
+/* hypercall.S */
+extern u8 hypercall_page[PAGE_SIZE];
 u64 hypercall_64(u64 control, u64 input, u64 output);
 
 /* messages.c */
