@@ -178,6 +178,15 @@ class LayeredDisk(MemoryDisk):
         self.kinds[offset // 512 : (offset + length) // 512] = [kind] * (length // 512)
 
 
+def disc(sectors: int = 200) -> MemoryDisk:
+    """A CD or DVD of random content."""
+    medium = MemoryDisk(sectors * 2048, readonly=True)
+    medium.data[:] = os.urandom(sectors * 2048)
+    medium.sector_size = medium.physical_sector_size = 2048
+    medium.optical = True
+    return medium
+
+
 def check_disk(make: Callable[[int], Disk], examples: int = 25) -> None:
     """Hold a back end against a bytearray through random reads, writes, trims and flushes.
 

@@ -209,3 +209,20 @@ class IdeGuest:
         self.command(code, lba, count, wide=wide, features=features)
         self.start(code in (0x25, 0xC8))
         return self.stop()
+
+
+def words(data: bytes) -> tuple[int, ...]:
+    return struct.unpack("<256H", data)
+
+
+def identify(guest: IdeGuest, unit: int = 0) -> tuple[int, ...]:
+    assert guest.command(0xEC, unit=unit) == READY | DRQ
+    assert guest.line.level
+    data = guest.data(512)
+    assert guest.status() == READY
+    assert sum(data) & 0xFF == 0
+    return words(data)
+
+
+def text(found: tuple[int, ...], word: int, count: int) -> str:
+    return struct.pack(f">{count}H", *found[word : word + count]).decode().strip()

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kvm
 
-#: Waits for the primary channel; ends with status 0x71 on an error. Changes EAX and EDX.
+#: Waits for a channel, by default the primary; ends with status 0x71 on an error. Changes EAX and EDX.
 WAIT = """
-.macro WAIT
-    movw $0x3f6, %dx
+.macro WAIT status=0x3f6
+    movw $\\status, %dx
 1:  inb %dx, %al
     testb $0x80, %al
     jnz 1b
@@ -222,23 +222,13 @@ wrong:
 
 #: Ends with status 0x71 where the drive does not ask for the packet, or reports an error; the data goes to EDI.
 READ_CD = """
-.macro WAIT_1
-    movw $0x376, %dx
-1:  inb %dx, %al
-    testb $0x80, %al
-    jnz 1b
-    testb $1, %al
-    jz 2f
-    EXIT 0x38
-2:
-.endm
 .macro SEND packet
     OUT 0x176, 0xa0
     OUT 0x171, 0
     OUT 0x174, 0x00
     OUT 0x175, 0x08
     OUT 0x177, 0xa0
-    WAIT_1
+    WAIT 0x376
     movl $0xf0000 + \\packet, %esi
     movl $6, %ecx
     movw $0x170, %dx
@@ -256,7 +246,7 @@ sense: .byte 3, 0, 0, 0, 18, 0, 0, 0, 0, 0, 0, 0
 read: .byte 0x28, 0, 0, 0, 0, 16, 0, 0, 2, 0, 0, 0
 begin:
     SEND sense
-    WAIT_1
+    WAIT 0x376
     movl $0x10000, %edi
     movl $9, %ecx
     movw $0x170, %dx
@@ -265,13 +255,13 @@ begin:
     movl $0x11000, %edi
     movl $2, %ebx
 block:
-    WAIT_1
+    WAIT 0x376
     movl $512, %ecx
     movw $0x170, %dx
     rep insl
     decl %ebx
     jnz block
-    WAIT_1
+    WAIT 0x376
     EXIT 0x10
 """
 

@@ -15,6 +15,7 @@ from devices.vmbus.packets import PACKET_INBAND
 from pyvmm.core._hot import BlockTable, FastDisk, Ring, StorageQueue, SynIC
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
 from tests.fakes.ring import MASK, OUT, GuestRing
+from tests.fakes.scsi import read10, write10
 from tests.fakes.storvsc import (
     READ_TYPE,
     UNKNOWN_TYPE,
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 PAGES = (100, 101, 40, 60, 61, 62, 63, 20)
 PRESENT, PARTIAL = 6, 7
-
-
-def read10(lba: int, blocks: int) -> bytes:
-    return struct.pack(">BBIxHx", 0x28, 0, lba, blocks)
-
-
-def write10(lba: int, blocks: int, flags: int = 0) -> bytes:
-    return struct.pack(">BBIxHx", 0x2A, flags, lba, blocks)
 
 
 FLUSH = struct.pack(">BBIxHx", 0x35, 0, 0, 0)

@@ -12,9 +12,10 @@ from devices.vmbus.bus import VmBus
 from pyvmm.core.memory import GuestMemory
 from tests.fakes.disks import MemoryDisk
 from tests.fakes.ide import IdeGuest
+from tests.fakes.scsi import read10, write10
 from tests.fakes.storvsc import READ_TYPE, InlineLane, Loopback, LoopbackBus, StorVsc
+from tests.fakes.storvsp_rig import INQUIRY, REPORT_LUNS, SIZE, TEST_UNIT_READY
 from tests.fakes.vmbus_guest import V5_3, FakeGuest, FakePorts
-from tests.unit.test_storvsp import INQUIRY, REPORT_LUNS, SIZE, TEST_UNIT_READY, read10, write10
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import threading
 
@@ -11,22 +10,13 @@ import pytest
 
 from devices.storage.cdb import Op
 from devices.storage.mmc import MediumLocked
-from tests.fakes.disks import MemoryDisk
-from tests.fakes.ide import BSY, DRQ, ERR, READY, IdeGuest
-from tests.unit.test_ide_disk import identify as identify_disk
-from tests.unit.test_ide_disk import text
+from tests.fakes.disks import MemoryDisk, disc
+from tests.fakes.ide import BSY, DRQ, ERR, READY, IdeGuest, text
+from tests.fakes.ide import identify as identify_disk
 
 ABRT = 0x04
 BUFFER = 0x10000
 SIGNATURE = (1, 1, 0x14, 0xEB)
-
-
-def disc(sectors: int = 200) -> MemoryDisk:
-    medium = MemoryDisk(sectors * 2048, readonly=True)
-    medium.data[:] = os.urandom(sectors * 2048)
-    medium.sector_size = medium.physical_sector_size = 2048
-    medium.optical = True
-    return medium
 
 
 class CdGuest(IdeGuest):

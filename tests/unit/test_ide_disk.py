@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.fakes.disks import MemoryDisk
-from tests.fakes.ide import BSY, DRQ, ERR, MIB, READY, IdeGuest
+from tests.fakes.ide import BSY, DRQ, ERR, MIB, READY, IdeGuest, identify, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,23 +29,6 @@ def disk() -> MemoryDisk:
 @pytest.fixture
 def guest(disk: MemoryDisk) -> IdeGuest:
     return IdeGuest({(0, 0): disk})
-
-
-def words(data: bytes) -> tuple[int, ...]:
-    return struct.unpack("<256H", data)
-
-
-def identify(guest: IdeGuest, unit: int = 0) -> tuple[int, ...]:
-    assert guest.command(0xEC, unit=unit) == READY | DRQ
-    assert guest.line.level
-    data = guest.data(512)
-    assert guest.status() == READY
-    assert sum(data) & 0xFF == 0
-    return words(data)
-
-
-def text(found: tuple[int, ...], word: int, count: int) -> str:
-    return struct.pack(f">{count}H", *found[word : word + count]).decode().strip()
 
 
 def test_identify_tells_what_the_disk_is(guest: IdeGuest, disk: MemoryDisk) -> None:

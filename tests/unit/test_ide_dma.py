@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from devices.legacy.ide.ata import COUNTERS
 from devices.storage.cdb import Op
-from tests.fakes.disks import MemoryDisk
+from tests.fakes.disks import MemoryDisk, disc
 from tests.fakes.ide import BSY, DRQ, ERR, MIB, READY, TABLE, IdeGuest
-from tests.unit.test_ide_cd import disc
 
 ACTIVE, ERROR, INTERRUPT = 1, 2, 4
 UNC, IDNF, ABRT = 0x40, 0x10, 0x04

@@ -12,16 +12,10 @@ from devices.synthetic.storvsp import tasks
 from devices.synthetic.storvsp.qos import Limits
 from tests.fakes.board import ManualClock
 from tests.fakes.disks import MemoryDisk
+from tests.fakes.scsi import read10, write10
 from tests.fakes.storvsc import READ_TYPE, WRITE_TYPE
-from tests.unit.test_storvsp import (
-    RESET_BUS,
-    RESET_LUN,
-    SIZE,
-    TEST_UNIT_READY,
-    read10,
-    write10,
-)
-from tests.unit.test_storvsp_bus import PATIENCE, Rig
+from tests.fakes.storvsp_bus import PATIENCE, Rig
+from tests.fakes.storvsp_rig import RESET_BUS, RESET_LUN, SIZE, TEST_UNIT_READY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

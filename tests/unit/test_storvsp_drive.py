@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from devices.storage.mmc import MediumLocked
 from tests.fakes.disks import MemoryDisk
+from tests.fakes.scsi import EXAMPLES, HOSTILE_CDBS, read10
 from tests.fakes.storvsc import READ_TYPE, StorVsc
-from tests.unit.test_scsi_target import EXAMPLES, HOSTILE_CDBS
-from tests.unit.test_storvsp import INQUIRY, SIZE, TEST_UNIT_READY, Rig, read10
-from tests.unit.test_storvsp_bus import PATIENCE
-from tests.unit.test_storvsp_bus import Rig as BusRig
+from tests.fakes.storvsp_bus import PATIENCE
+from tests.fakes.storvsp_bus import Rig as BusRig
+from tests.fakes.storvsp_rig import INQUIRY, SIZE, TEST_UNIT_READY, Rig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,6 +23,7 @@ from pyvmm.core._hot import FastDisk
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
 from pyvmm.core.trace import Tracer
 from tests.fakes.disks import MemoryDisk
+from tests.fakes.scsi import read10, write10
 from tests.fakes.storvsc import (
     READ_TYPE,
     UNKNOWN_TYPE,
@@ -34,9 +35,9 @@ from tests.fakes.storvsc import (
     gpa_range,
     scsi_packet,
 )
-from tests.unit.test_hot_storage import FLUSH, PAGES, read10, write10
-from tests.unit.test_storvsp_bus import Rig, channel_of
-from tests.unit.test_storvsp_bus import make as make
+from tests.fakes.storvsp_bus import Rig, channel_of
+from tests.fakes.storvsp_bus import make as make
+from tests.unit.test_hot_storage import FLUSH, PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
