@@ -9,8 +9,3 @@ class IrqLine:
     def set(self, level: bool) -> None:
         """Drive the line high or low; may be called from any thread."""
         raise NotImplementedError
-
-    def pulse(self) -> None:
-        """Raise and lower the line: one edge."""
-        self.set(True)
-        self.set(False)

@@ -79,7 +79,6 @@ SRB = struct.Struct("<HBB4BBBBBI20s")
 SRB_SIZE_MAX = 0x34
 CDB_SIZE_MAX = 16
 LUN_OFFSET = 7
-SENSE_AREA = 20
 _DATA_OUT = 0
 
 VERSION = struct.Struct("<HH")

@@ -90,16 +90,6 @@ class Vp:
             table.entries[position] = entry
         ioctl(self.fd, abi.SET_CPUID2, table)
 
-    def get_lapic(self) -> abi.LapicState:
-        """The LAPIC's registers."""
-        state = abi.LapicState()
-        ioctl(self.fd, abi.GET_LAPIC, state)
-        return state
-
-    def set_lapic(self, state: abi.LapicState) -> None:
-        """Set the LAPIC's registers."""
-        ioctl(self.fd, abi.SET_LAPIC, state)
-
     def get_mp_state(self) -> int:
         """KVM_MP_STATE_*: 0 runs, 1 waits for INIT, 3 is halted."""
         state = abi.MpState()
@@ -109,16 +99,6 @@ class Vp:
     def set_mp_state(self, state: int) -> None:
         """Set KVM_MP_STATE_*."""
         ioctl(self.fd, abi.SET_MP_STATE, abi.MpState(state))
-
-    def get_events(self) -> abi.VcpuEvents:
-        """Pending exceptions, interrupts and NMIs."""
-        events = abi.VcpuEvents()
-        ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
-        return events
-
-    def set_events(self, events: abi.VcpuEvents) -> None:
-        """Set pending exceptions, interrupts and NMIs."""
-        ioctl(self.fd, abi.SET_VCPU_EVENTS, events)
 
     def get_state(self, msr_indices: list[int]) -> dict[str, Any]:
         """All of the VP that KVM keeps: blobs by the names of `abi.VP_STATE`, and ``msrs`` as {index: value}.
