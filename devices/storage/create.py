@@ -31,13 +31,32 @@ class _EagerFile(HostFile):
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+class _LazyFile(HostFile):
+    """Leaves it to the kernel when to store what is written."""
+
+    def flush(self) -> None:
+        pass
+
+
 @contextmanager
-def new_file(path: str, force: bool = False) -> Iterator[HostFile]:
+def new_file(path: str, force: bool = False, flush: bool = True) -> Iterator[HostFile]:
     """A file to fill, which takes the place of `path` when the block ends, durably; after an exception nothing is left.
 
     The block closes the file. With `force` it replaces a file of that name, which stays as it is until then; raises
-    DiskError if that is in use.
+    DiskError if that is in use. Without `flush` it grows in its place, and may be gone, or worthless, after a crash of
+    the host soon afterwards.
     """
+    if not flush:
+        if force:
+            raise DiskError(f"{path}: what is replaced could be lost as well; leave --force or --no-flush out")
+        file: HostFile = _LazyFile.create(path)
+        try:
+            yield file
+        except BaseException:
+            file.close()
+            os.unlink(path)
+            raise
+        return
     place = os.path.realpath(path) if force else path
     old: HostFile | None = None
     if os.path.lexists(place):
@@ -111,6 +130,7 @@ def new_image(
     sector_size: int = 512,
     physical_sector_size: int = 4096,
     parent: str | None = None,
+    flush: bool = True,
 ) -> Iterator[Disk]:
     """A zeroed disk to fill, whose image takes the place of `path` when the block ends, as with `new_file`.
 
@@ -132,7 +152,7 @@ def new_image(
         raise DiskError(f"{path}: {size} bytes is no size for a disk; give one such as 8G")
     if form == "iso" and size is not None and size % 2048:
         raise DiskError(f"{path}: {size} bytes is not a multiple of the 2048-byte sectors of a CD or DVD")
-    with new_file(path, force) as file:
+    with new_file(path, force, flush) as file:
         base = open_image(parent, readonly=True, format=form) if parent is not None else None
         if size is None:
             assert base is not None

@@ -65,6 +65,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     convert.add_argument("path", metavar="SRC", help="the image to read")
     convert.add_argument("target", metavar="DST", help="the image to make; or, with --force, a block device")
     convert.add_argument("--source-format", choices=_FORMATS, help="format of the first image")
+    convert.add_argument(
+        "--no-flush",
+        dest="flush",
+        action="store_const",
+        const=False,
+        help="leave it to the host when to store the new image, as qemu-img does: faster, but a crash of the host "
+        "soon afterwards may cost it",
+    )
     _add_shape(convert)
 
     merge = action("merge", "write what a differencing image holds into its parent, and remove the image")

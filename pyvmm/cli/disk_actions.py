@@ -196,7 +196,7 @@ def _copy_to_device(args: argparse.Namespace, source: Disk, path: str) -> None:
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `new_image` that were given."""
-    names = ("force", "kind", "block_size", "sector_size", "physical_sector_size")
+    names = ("force", "flush", "kind", "block_size", "sector_size", "physical_sector_size")
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 

@@ -132,6 +132,8 @@ def test_a_converted_disk_reads_the_same(capsys: pytest.CaptureFixture[str]) -> 
     assert os.stat("fixed.img").st_blocks * 512 >= 4 << 20
     assert disk("convert", "a.img", "disc.iso") == 0
     assert disk("convert", "disc.iso", "c.img") == 0
+    assert disk("convert", "a.img", "lazy.img", "--no-flush") == 0
+    assert Path("lazy.img").read_bytes() == data
     assert Path("c.img").read_bytes() == data
     assert tree(capsys, "diff", "a.img", "c.img")["same"]
 

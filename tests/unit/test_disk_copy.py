@@ -395,3 +395,34 @@ def test_a_signal_while_threads_start_leaves_none_behind(monkeypatch: pytest.Mon
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("copy-")]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_only_what_is_asked_to_be_is_left_unflushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushes.append)
+    for form in ("img", "vhd", "vhdx"):
+        create_image(str(tmp_path / f"lazy.{form}"), 1 << 20, flush=False)
+        assert flushes == []
+        create_image(str(tmp_path / f"stored.{form}"), 1 << 20)
+        assert flushes
+        flushes.clear()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".img"] * 2 + [".vhd"] * 2 + [".vhdx"] * 2
+
+
+def test_unflushed_image_never_replaces_another_and_goes_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhdx"
+
+    def interrupted() -> None:
+        with new_image(str(path), 1 << 20, flush=False):
+            assert path.exists()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert not path.exists()
+    path.write_bytes(b"old")
+    with pytest.raises(DiskError, match="exists already"):
+        create_image(str(path), 1 << 20, flush=False)
+    with pytest.raises(DiskError, match="leave --force or --no-flush out"):
+        create_image(str(path), 1 << 20, force=True, flush=False)
+    assert path.read_bytes() == b"old"
