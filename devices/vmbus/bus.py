@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from devices.vmbus.channel import Engine
     from devices.vmbus.gpadl import Gpadl
     from devices.vmbus.vsp import Vsp
     from enlightenments.ports import Ports
-    from pyvmm.core._hot import StorageQueue
 
     T = TypeVar("T")
 
@@ -335,7 +335,7 @@ class VmBus(Device, Actions):
             page[channel.id // 8] |= 1 << channel.id % 8
         self.ports.signal_event(0, SINT, 0)
 
-    def _aim(self, channel: Channel, engine: StorageQueue) -> None:
+    def _aim(self, channel: Channel, engine: Engine) -> None:
         """Have the engine signal the guest itself where that is one event flag."""
         direct = self._interrupt_page is None and channel.target_vp != NO_INTERRUPTS
         engine.set_target(self.ports.synic(channel.target_vp) if direct else None, SINT, channel.id)

@@ -11,18 +11,41 @@ from collections import deque
 from itertools import islice
 
 from devices.vmbus.packets import ChannelViolation, completion, packet_size
-from pyvmm.core._hot import RingError, StorageQueue
+from pyvmm.core._hot import RingError
 from pyvmm.core.memory import GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, Protocol, TypeVar
 
     from devices.vmbus.vsp import Vsp
-    from pyvmm.core._hot import Packet, Ring
+    from pyvmm.core._hot import Memory, Packet, Ring, SynIC
     from pyvmm.core.clock import Clock
     from pyvmm.core.worker import Worker
+
+if TYPE_CHECKING:
+
+    class Engine(Protocol):
+        """C code that serves a channel's rings before Python does, such as `pyvmm.core._hot.StorageQueue`."""
+
+        @property
+        def name(self) -> str:
+            """What serves the channel, for people."""
+
+        def serve(self) -> tuple[bool, int, list[Packet], list[Packet], bool]:
+            """Do what is to be done, on the channel's worker; see `StorageQueue.serve`."""
+
+        def quiesce(self) -> tuple[list[Packet], list[Packet]]:
+            """Return once nothing is under way; see `StorageQueue.quiesce`."""
+
+        def set_target(self, synic: SynIC | None, sint: int, flag: int, /) -> None:
+            """Signal the guest by this event flag from now on; any thread."""
+
+        def inspect(self) -> dict[str, int]:
+            """Counters ``packets_in``, ``packets_out`` and ``signals``."""
+
+    E = TypeVar("E", bound=Engine)
 
 #: Packets that may wait for room in the outgoing ring.
 PENDING_LIMIT = 4096
@@ -50,7 +73,7 @@ class Channel:
         rings: tuple[Ring, Ring],
         worker: Worker,
         signal: Callable[[Channel], None],
-        aim: Callable[[Channel, StorageQueue], None],
+        aim: Callable[[Channel, Engine], None],
         on_broken: Callable[[Channel, str], None],
         clock: Clock,
         poll_for_space: bool = False,
@@ -67,7 +90,7 @@ class Channel:
         self.incoming, self.outgoing = rings
         self.worker = worker
         #: Serves the rings before Python does, once `use_engine` has set it.
-        self.engine: StorageQueue | None = None
+        self.engine: Engine | None = None
         #: Why the channel was given up; None while all is well.
         self.broken: str | None = None
         #: The eventfd behind the channel's event port.
@@ -122,11 +145,11 @@ class Channel:
             self._signal()
         return packets
 
-    def make_engine(self) -> StorageQueue:
-        """Return C code for these rings, which `use_engine` sets to work."""
-        return StorageQueue(self.vsp.bus.memory.hot, self.incoming, self.outgoing, self.doorbell)
+    def make_engine(self, make: Callable[[Memory, Ring, Ring, int], E]) -> E:
+        """Return C code for these rings and this doorbell, which `use_engine` sets to work."""
+        return make(self.vsp.bus.memory.hot, self.incoming, self.outgoing, self.doorbell)
 
-    def use_engine(self, engine: StorageQueue) -> None:
+    def use_engine(self, engine: Engine) -> None:
         """Have C code take from the rings what it knows, from now on; `Vsp.packets` gets the rest."""
         self._aim(self, engine)
         self.engine = engine
@@ -160,7 +183,7 @@ class Channel:
             "pending": len(self._pending),
             "held": self._held,
             "broken": self.broken,
-            "engine": engine and ("io_uring" if engine.io_uring else "synchronous"),
+            "engine": engine and engine.name,
             **self._count(),
         }
 
@@ -304,7 +327,7 @@ class Channel:
         self.incoming.mask(True)
         return [], False
 
-    def _run(self, engine: StorageQueue) -> tuple[list[Packet], bool]:
+    def _run(self, engine: Engine) -> tuple[list[Packet], bool]:
         """Let the engine work; what `_take` returns, without what it dealt with."""
         idle, left, packets, unsent, signal = engine.serve()
         if signal:

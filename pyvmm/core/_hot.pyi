@@ -164,6 +164,9 @@ class StorageQueue:
     """Whether requests are served whatever their path and target, and not for 0 and 0 only; off at first."""
     io_uring: bool
     """Whether the host has io_uring for us; without it, `serve` waits for each read and write itself."""
+    @property
+    def name(self) -> str:
+        """``io_uring`` or ``synchronous``."""
 
     def __init__(
         self, memory: Memory, incoming: Ring, outgoing: Ring, doorbell: int, *, io_uring: bool = True

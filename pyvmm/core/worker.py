@@ -59,6 +59,7 @@ class Worker:
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
         self._events: dict[int, Callable[[], None]] = {}
+        self._files: set[int] = set()  # those of them that are no eventfds
         self._calls: list[Callable[[], None]] = []
         self._timers: list[Timer] = []
         self._sweep_at = _SWEEP_MINIMUM
@@ -85,10 +86,19 @@ class Worker:
             self._epoll.register(fd, select.EPOLLIN)
             self._need_thread()
 
+    def add_file(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` each time that `fd` has something to read that it had not before (edge-triggered)."""
+        with self._lock:
+            self._files.add(fd)
+            self._events[fd] = callback
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+            self._need_thread()
+
     def remove_event(self, fd: int) -> None:
         """Forget `fd`. After this returns on the worker's own thread, its callback is not called again."""
         with self._lock:
             self._events.pop(fd, None)
+            self._files.discard(fd)
         try:
             self._epoll.unregister(fd)
         except (OSError, ValueError):
@@ -218,10 +228,12 @@ class Worker:
             for fd, _ in ready:
                 with self._lock:
                     callback = self._events.get(fd)
+                    counts = fd not in self._files
                 if callback is None and fd != self._wake:  # removed meanwhile; the number may be another file's
                     continue
                 try:
-                    os.eventfd_read(fd)
+                    if counts:
+                        os.eventfd_read(fd)
                 except OSError:  # read by somebody else meanwhile
                     continue
                 if callback is not None:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from devices.vmbus import channel
+from devices.synthetic.storvsp import vsp
 from pyvmm.core._hot import StorageQueue
 from tests.fakes.disks import MemoryDisk
-from tests.fakes.storvsc import LoopbackChannel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +23,5 @@ def data_path(request: pytest.FixtureRequest) -> Iterator[str]:
     make = functools.partial(StorageQueue, io_uring=request.param == "c")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryDisk, "by_c", request.param != "python")
-        patch.setattr(LoopbackChannel, "make_queue", staticmethod(make))
-        patch.setattr(channel, "StorageQueue", make)
+        patch.setattr(vsp, "StorageQueue", make)
         yield request.param

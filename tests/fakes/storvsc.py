@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from devices.synthetic.storvsp.vsp import StorVsp
     from devices.vmbus.channel import Channel
-    from pyvmm.core._hot import Packet
+    from pyvmm.core._hot import Memory, Packet
 
 # struct vmscsi_request up to its data area.
 _REQUEST = struct.Struct("<HBBBBBBBBBBI20s")
@@ -220,8 +220,6 @@ def gpa_range(size: int, offset: int, pages: Sequence[int], count: int = 1) -> b
 class LoopbackChannel:
     """Stands in for `devices.vmbus.channel.Channel`; has rings, and a doorbell, once an engine wants them."""
 
-    make_queue: type[StorageQueue] = StorageQueue
-
     def __init__(self, index: int, memory: GuestMemory) -> None:
         self.subchannel_index = index
         self.memory = memory
@@ -239,7 +237,7 @@ class LoopbackChannel:
     def start_receiving(self) -> None:
         self.held = False
 
-    def make_engine(self) -> StorageQueue:
+    def make_engine(self, make: Callable[[Memory, Ring, Ring, int], StorageQueue]) -> StorageQueue:
         self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.doorbell)
         pages = GuestMemory(RING_PAGES * 2 * PAGE_SIZE)  # of their own, lest they cost the tests any of theirs
@@ -248,7 +246,7 @@ class LoopbackChannel:
         for ring in (self.to_host, self.to_guest):
             ring.init()
         self.incoming, self.outgoing = (Ring(pages.hot, ring.numbers) for ring in (self.to_host, self.to_guest))
-        return self.make_queue(self.memory.hot, self.incoming, self.outgoing, self.doorbell)
+        return make(self.memory.hot, self.incoming, self.outgoing, self.doorbell)
 
     def use_engine(self, engine: StorageQueue) -> None:
         self.engine = engine

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -321,3 +323,17 @@ def test_a_stop_ends_the_wait_of_run_on_a_paused_worker(shop: Shop) -> None:
     shop.worker.stop()
     finish(waiting)
     assert len(failures) == 1
+
+
+def test_a_file_calls_when_it_has_something_new_to_read(shop: Shop) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    found: queue.Queue[bytes] = queue.Queue()
+    with ours, theirs:
+        shop.worker.add_file(ours.fileno(), lambda: found.put(ours.recv(16)))
+        for data in (b"first", b"second"):
+            theirs.send(data)
+            assert found.get(timeout=PATIENCE_S) == data
+        shop.worker.run(lambda: shop.worker.remove_event(ours.fileno()))
+        theirs.send(b"unread")
+        shop.settle()
+        assert found.empty() and ours.recv(16) == b"unread"

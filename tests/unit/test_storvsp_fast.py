@@ -19,7 +19,7 @@ from devices.synthetic.storvsp.qos import Limits
 from devices.synthetic.storvsp.scsi import Target
 from devices.synthetic.storvsp.vsp import StorVsp
 from devices.vmbus.packets import PACKET_GPA_DIRECT, PACKET_INBAND
-from pyvmm.core._hot import FastDisk
+from pyvmm.core._hot import FastDisk, StorageQueue
 from pyvmm.core.memory import PAGE_SIZE, GuestMemory
 from pyvmm.core.trace import Tracer
 from tests.fakes.disks import MemoryDisk
@@ -383,7 +383,7 @@ def test_a_retargeted_channel_signals_the_other_vp(make: Any) -> None:
     (channel,) = rig.vsp._channels.values()
     aimed: list[int] = []
     cast("Any", channel)._aim = lambda channel, engine: aimed.append(channel.target_vp)
-    channel.use_engine(channel.make_engine())
+    channel.use_engine(channel.make_engine(StorageQueue))
     channel.retarget(3)
     assert aimed == [0, 3]
 

@@ -28,6 +28,7 @@ from devices.vmbus.packets import (
     inband,
 )
 from devices.vmbus.vsp import Vsp
+from pyvmm.core._hot import StorageQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,7 @@ class StorVsp(Vsp):
         self._version = 0
         self._commands = Commands(self.name, make_lane, self.any_target)
         self._channels: dict[int, Channel] = {}
+        self._engines: dict[int, StorageQueue] = {}
         # Guards the handshake's state and the channels.
         self._lock = threading.Lock()
         for lun, disk in disks.items():
@@ -138,9 +140,8 @@ class StorVsp(Vsp):
         gone = self._commands.detach(lun)
         self._tell_engines(lun)
         with self._lock:
-            for channel in self._channels.values():
-                if channel.engine is not None:
-                    channel.engine.take_counters(lun)  # not for the next disk there
+            for engine in self._engines.values():
+                engine.take_counters(lun)  # not for the next disk there
         self._announce()
         return gone.disk
 
@@ -191,28 +192,28 @@ class StorVsp(Vsp):
         """Have C serve the disks that it can reach. Called with the lock held, once the handshake is over."""
         fast = {number: lun.fast for number, lun in self._commands.luns.items() if lun.fast is not None}
         if fast and not self.bus.tracer.storvsp:  # which shows every request
-            engine = channel.make_engine()
+            engine = channel.make_engine(StorageQueue)
             engine.any_target = self.any_target
             for number, disk in fast.items():
                 engine.set_disk(number, disk)
+            self._engines[channel.subchannel_index] = engine
             channel.use_engine(engine)
 
     def _tell_engines(self, number: int) -> None:
         """Have the engines serve what is at a LUN now; return once they use nothing else."""
         with self._lock:
             lun = self._commands.luns.get(number)
-            for channel in self._channels.values():
-                if channel.engine is not None:
-                    channel.engine.set_disk(number, lun.fast if lun is not None else None)
+            for index, channel in self._channels.items():
+                if index in self._engines:
+                    self._engines[index].set_disk(number, lun.fast if lun is not None else None)
                 elif self._state == _READY:
                     self._speed_up(channel)
 
-    def _gather(self, channel: Channel) -> None:
+    def _gather(self, engine: StorageQueue) -> None:
         """Add what a channel's engine has counted to the logical units' own."""
-        if channel.engine is not None:
-            for number, lun in list(self._commands.luns.items()):
-                for kind, counters in zip((READ, WRITE, FLUSH), channel.engine.take_counters(number), strict=True):
-                    lun.statistics.add(kind, *counters)
+        for number, lun in list(self._commands.luns.items()):
+            for kind, counters in zip((READ, WRITE, FLUSH), engine.take_counters(number), strict=True):
+                lun.statistics.add(kind, *counters)
 
     # Channels ---------------------------------------------------------------------------------------
 
@@ -229,7 +230,9 @@ class StorVsp(Vsp):
         """A channel is gone; with the primary the handshake starts anew."""
         with self._lock:
             self._channels.pop(channel.subchannel_index, None)
-            self._gather(channel)
+            engine = self._engines.pop(channel.subchannel_index, None)
+            if engine is not None:
+                self._gather(engine)
             if channel.subchannel_index == 0:
                 self._state, self._version = _BEGIN, 0
         self._commands.abandon(channel)
@@ -263,9 +266,8 @@ class StorVsp(Vsp):
                 self.bus.tracer.line("storvsp", text)
 
     def _drain_engines(self) -> None:
-        for channel in list(self._channels.values()):
-            if channel.engine is not None:
-                channel.engine.drain()
+        for engine in list(self._engines.values()):
+            engine.drain()
 
     # The handshake ----------------------------------------------------------------------------------
 
@@ -351,8 +353,8 @@ class StorVsp(Vsp):
     def inspect(self) -> dict[str, Any]:
         """Return the handshake, open channels, and each logical unit with its counters."""
         with self._lock:
-            for channel in self._channels.values():
-                self._gather(channel)
+            for engine in self._engines.values():
+                self._gather(engine)
         return {
             "state": self._state,
             "protocol": f"{self._version >> 8}.{self._version & 0xFF}" if self._version else None,

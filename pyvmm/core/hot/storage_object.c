@@ -242,6 +242,11 @@ static PyObject *queue_get_io_uring(StorageQueueObject *self, void *Py_UNUSED(cl
 	return PyBool_FromLong(self->uring.fd >= 0);
 }
 
+static PyObject *queue_get_name(StorageQueueObject *self, void *Py_UNUSED(closure))
+{
+	return PyUnicode_FromString(self->uring.fd >= 0 ? "io_uring" : "synchronous");
+}
+
 static PyMethodDef queue_methods[] = {
 	{"serve", (PyCFunction)queue_serve, METH_NOARGS, NULL},
 	{"quiesce", (PyCFunction)queue_quiesce, METH_NOARGS, NULL},
@@ -260,6 +265,7 @@ static PyMemberDef queue_members[] = {
 
 static PyGetSetDef queue_getset[] = {
 	{"io_uring", (getter)queue_get_io_uring, NULL, NULL, NULL},
+	{"name", (getter)queue_get_name, NULL, NULL, NULL},
 	{0},
 };
 
