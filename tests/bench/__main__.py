@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
 from pyvmm.machine.machine import MachineError
-from tests.bench import disk, exits, idle, startup, storage
+from tests.bench import disk, exits, idle, net, startup, storage
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
@@ -35,9 +35,10 @@ _BENCHMARKS: dict[str, tuple[Callable[[Path, int], list[Figure]], int]] = {
     "convert": (disk.convert, 5),
     "open": (disk.open_large, 9),
     "idle": (idle.measure, 3),
+    "net": (net.measure, 7),
 }
-#: Takes minutes.
-_ONLY_BY_NAME = "idle"
+#: Take minutes.
+_ONLY_BY_NAME = ("idle", "net")
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
         epilog="Exit status: 0 measured, whatever came out; 1 something could not be measured.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(_BENCHMARKS)} (default: all but the last)"
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(_BENCHMARKS)} (default: all but the last two)"
     )
     parser.add_argument("-n", "--rounds", type=int, metavar="N", help="repetitions of each")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form of the output")
@@ -60,7 +61,7 @@ def main() -> int:
     results: dict[str, list[Figure]] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
-            for name in options.names or [name for name in _BENCHMARKS if name != _ONLY_BY_NAME]:
+            for name in options.names or [name for name in _BENCHMARKS if name not in _ONLY_BY_NAME]:
                 measure, rounds = _BENCHMARKS[name]
                 print(f"bench: {name} ...", file=sys.stderr, flush=True)
                 results[name] = measure(Path(folder), options.rounds or rounds)
