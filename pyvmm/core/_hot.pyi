@@ -269,6 +269,77 @@ class SynIC:
     def restore(self, state: dict[str, object], /) -> None: ...
     def inspect(self) -> dict[str, Any]: ...
 
+class Switch:
+    """The in-process data plane of one virtual switch: learns addresses, keeps VLANs apart, never waits for a port.
+
+    One thread is inside `run`; all else may be called by any thread at any time, and has happened when it returns.
+    Ports have numbers of the caller's choice. KeyError: no port has that number.
+    """
+
+    def __init__(self, mtu: int = 1500, /, *, manual_time: bool = False) -> None:
+        """`mtu` is the most payload of a frame. With `manual_time` it is the time that `set_time` says."""
+
+    def add_port(self, number: int, kind: str, fd: int, /) -> None:
+        """Add a port over `fd`, which the switch closes when the port goes, or when this fails; it is made non-blocking.
+
+        ``socket``: sequenced packets of virtio_net_hdr and frame. ``tap``: the same by read and write. ``packet``: the
+        same on an AF_PACKET socket with PACKET_VNET_HDR and PACKET_AUXDATA. ``stream``: 4 bytes of length, big-endian,
+        and a frame without header. Sockets and streams get complete frames only, until `set_offloads`. At first all
+        frames may pass that have no tag. Raises ValueError if the number is taken or there are 1024 ports.
+        """
+
+    def set_port(
+        self,
+        number: int,
+        /,
+        *,
+        vlan: int = 0,
+        tagged: Sequence[int] = (),
+        mac: bytes | None = None,
+        mac_spoofing: bool = True,
+        dhcp_guard: bool = False,
+        router_guard: bool = False,
+        bandwidth: int = 0,
+        link: bool = True,
+    ) -> None:
+        """Set the port, whole. What waits for it and would not pass any more is dropped.
+
+        `vlan` is of frames without a tag, 0 for the one without a number; `tagged` are those that have one on the link.
+        `mac` is an address that is known to be there; it is the only one that the port's frames may have as source,
+        unless `mac_spoofing`. `bandwidth` in bits/s, each way, 0 for no limit.
+        """
+
+    def set_offloads(self, number: int, offloads: int, /) -> None:
+        """What the port takes, OFFLOAD_* of `devices.network.port`."""
+
+    def remove_port(self, number: int, /) -> None:
+        """Close the port's descriptor and forget it."""
+
+    def mirror(self, number: int, fd: int, limit: int, /) -> None:
+        """Write the port's frames, both ways and as on a wire, to the empty pcap file `fd`, up to `limit` bytes.
+
+        -1 stops that. The switch closes the descriptor.
+        """
+
+    def statistics(self, number: int, /) -> dict[str, Any]:
+        """As ``devices.network.settings.PortStatistics`` has them."""
+
+    def learned(self) -> list[tuple[int, bytes, int]]:
+        """VLAN, address and port number, where it was seen within 300 s."""
+
+    def set_time(self, nanoseconds: int, /) -> None:
+        """Only with `manual_time`; it starts at 0 and never goes back."""
+
+    def run(self) -> list[tuple[int, str]]:
+        """Carry frames, without the GIL, until `stop` or until something ends: what, as number of the port and reason.
+
+        A port that is lost has been closed and passes nothing, but is there until it's removed. Only its mirror has
+        ended where the reason starts with ``mirror:``. After `stop` the list is empty.
+        """
+
+    def stop(self) -> None:
+        """Make the current or else the next `run` return."""
+
 class Doorbells:
     """Event ports of one partition: connection id to eventfd, looked up by the VPs without the GIL."""
 
