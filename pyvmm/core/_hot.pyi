@@ -280,7 +280,7 @@ class Switch:
         """`mtu` is the most payload of a frame. With `manual_time` it is the time that `set_time` says."""
 
     def add_port(self, number: int, kind: str, fd: int, /) -> None:
-        """Add a port over `fd`, which the switch closes when the port goes, or when this fails; it is made non-blocking.
+        """Add a port over `fd`, made non-blocking; the switch closes it when the port goes, and when this fails.
 
         ``socket``: sequenced packets of virtio_net_hdr and frame. ``tap``: the same by read and write. ``packet``: the
         same on an AF_PACKET socket with PACKET_VNET_HDR and PACKET_AUXDATA. ``stream``: 4 bytes of length, big-endian,
