@@ -13,11 +13,13 @@ from pyvmm.core.trace import CATEGORIES, GuestLog, Tracer
 from pyvmm.machine.config import (
     DESCRIPTIONS,
     DISK_FORM,
+    NIC_FORM,
     SMBIOS_IDENTITIES,
     VmConfig,
     check_files,
     parse_cdrom,
     parse_disk,
+    parse_nic,
     parse_size,
     validate,
 )
@@ -73,6 +75,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         type=parse_cdrom,
         help="put an ISO image in an IDE CD drive, the first on the second channel",
+    )
+    add(
+        "--nic",
+        metavar="NETWORK[,OPTION]...",
+        dest="nics",
+        action="append",
+        type=parse_nic,
+        help=f"add a network adapter: {NIC_FORM}; may be given again",
     )
     add("--enlightenments", metavar="SPEC", help=DESCRIPTIONS["enlightenments"])
     add("--smbios", metavar="|".join(SMBIOS_IDENTITIES), help=DESCRIPTIONS["smbios"])

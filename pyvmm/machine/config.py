@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pyvmm.machine.nic_config import NicConfig
+
 MIB = 1 << 20
 MAX_CPUS = 64
 MIN_MEMORY = MIB
@@ -31,6 +33,10 @@ SECTOR_SIZES = (512, 4096)
 DISK_FORMATS = ("raw", "vhd", "vhdx", "iso")
 DISK_BUSES = ("scsi", "ide")
 DISK_FORM = "PATH[,readonly][,bus=ide][,controller=N][,lun=N][,format=F][,sector_size=N][,iops=N][,bandwidth=SIZE]"
+NIC_FORM = (
+    "switch=NAME|user|tap=INTERFACE|none[,type=legacy][,mac=M][,link=down][,vlan=N|,trunk=N,N...[,native=N]][,bandwidth=RATE]"
+    "[,mac_spoofing][,dhcp_guard][,router_guard][,forward=tcp:[ADDRESS:]PORT:PORT]..."
+)
 #: What guests are told by SMBIOS that they run on.
 SMBIOS_IDENTITIES = ("hyper-v", "pyvmm")
 
@@ -96,6 +102,7 @@ class VmConfig:
     memory: int = 256 * MIB
     huge_pages: bool = False
     disks: list[DiskConfig]
+    nics: list[NicConfig]
     enlightenments: str = "full"
     smbios: str | None = None
     com1: str = "stdio"
@@ -106,13 +113,14 @@ class VmConfig:
 
     def __init__(self, **values: Any) -> None:
         self.disks = []
+        self.nics = []
         for name, value in values.items():
             if name not in VmConfig.__annotations__:
                 raise TypeError(f"a VM has no {name!r}")
             setattr(self, name, value)
 
 
-#: What each field of VmConfig and DiskConfig means, for help texts and the schema.
+#: What each field of VmConfig and DiskConfig (NICs have theirs in nic_config) means, for help texts and the schema.
 DESCRIPTIONS = {
     "name": "name of the VM",
     "kernel": "kernel to boot: bzImage, ELF vmlinux or Multiboot",
@@ -123,6 +131,7 @@ DESCRIPTIONS = {
     "memory": "guest memory, such as 512M or 2GiB",
     "huge_pages": "back guest memory with transparent huge pages",
     "disks": "disks on the synthetic SCSI controllers and on the IDE controller",
+    "nics": "network adapters, synthetic or legacy",
     "enlightenments": "what the guest sees of Hyper-V: a profile and changes, such as full,-stimer-direct",
     "smbios": f"what SMBIOS calls the machine: {', '.join(SMBIOS_IDENTITIES)}; by default hyper-v if there is VMBus. "
     "Under hyper-v, Linux's ata_piix leaves IDE disks to hv_storvsc",
@@ -189,6 +198,13 @@ def parse_disk(text: str) -> DiskConfig:
     return disk
 
 
+def parse_nic(text: str) -> NicConfig:
+    """A NIC from `NIC_FORM`. Raises ConfigError."""
+    from pyvmm.machine import nic_config  # VMs without NICs start faster without it
+
+    return nic_config.parse_nic(text)
+
+
 def parse_cdrom(path: str) -> DiskConfig:
     """The image in the IDE CD drive at its usual place, the first of the second channel. Raises ConfigError."""
     disk = DiskConfig(path, readonly=True, controller=1, lun=0, format="iso", bus="ide")
@@ -251,6 +267,10 @@ def validate(config: VmConfig) -> None:
     if config.timeout is not None and not 0 < config.timeout < 1e9:
         raise ConfigError(f"timeout: {config.timeout} is not a positive number of seconds")
     _check_places(config.disks)
+    if config.nics:
+        from pyvmm.machine.nic_config import check_nics
+
+        check_nics(config.nics)
     if config.smbios is not None and config.smbios not in SMBIOS_IDENTITIES:
         raise ConfigError(f"smbios {config.smbios!r}: choose {' or '.join(SMBIOS_IDENTITIES)}")
     split_com1(config.com1)
@@ -262,6 +282,8 @@ def validate(config: VmConfig) -> None:
         raise ConfigError(str(error)) from error
     if "vmbus" not in chosen and any(disk.bus == "scsi" for disk in config.disks):
         raise ConfigError("a disk needs the enlightenment vmbus, because its controller is a VMBus device, or bus=ide")
+    if "vmbus" not in chosen and any(nic.type == "synthetic" for nic in config.nics):
+        raise ConfigError("a synthetic NIC needs the enlightenment vmbus; or choose type=legacy")
 
 
 def _check_places(disks: list[DiskConfig]) -> None:

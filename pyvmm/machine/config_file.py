@@ -34,6 +34,16 @@ from pyvmm.machine.config import (
     parse_size,
     split_com1,
 )
+from pyvmm.machine.nic_config import (
+    MAX_VLAN,
+    MIN_VLAN,
+    NIC_DESCRIPTIONS,
+    NIC_TYPES,
+    NicConfig,
+    format_rate,
+    parse_mac,
+    parse_rate,
+)
 
 _DESCRIPTIONS = {
     **DESCRIPTIONS,
@@ -43,11 +53,11 @@ _DESCRIPTIONS = {
 }
 
 
-def _struct(cls: type, replaced: dict[str, Any]) -> type[msgspec.Struct]:
+def _struct(cls: type, replaced: dict[str, Any], descriptions: dict[str, str] = _DESCRIPTIONS) -> type[msgspec.Struct]:
     fields: list[tuple[str, Any, Any]] = []
-    for name, kind in typing.get_type_hints(cls).items():
-        kind = Annotated[replaced.get(name, kind), msgspec.Meta(description=_DESCRIPTIONS[name])]
-        if name == "disks":
+    for name, kind in typing.get_type_hints(cls, localns={"NicConfig": NicConfig}).items():
+        kind = Annotated[replaced.get(name, kind), msgspec.Meta(description=descriptions[name])]
+        if name in ("disks", "nics"):
             default: Any = msgspec.field(default_factory=list)
         else:
             default = getattr(cls, name, msgspec.NODEFAULT)
@@ -67,6 +77,18 @@ _Disk = _struct(
         "bandwidth": int | str | None,
     },
 )
+_Vlan = Annotated[int, msgspec.Meta(ge=MIN_VLAN, le=MAX_VLAN)]
+_Nic = _struct(
+    NicConfig,
+    {
+        "type": Literal[*NIC_TYPES],
+        "vlan": _Vlan | None,
+        "trunk": tuple[_Vlan, ...],
+        "native": _Vlan | None,
+        "bandwidth": int | str | None,
+    },
+    NIC_DESCRIPTIONS,
+)
 _Vm = _struct(
     VmConfig,
     {
@@ -75,6 +97,7 @@ _Vm = _struct(
         "memory": int | str,
         "smbios": Literal[*SMBIOS_IDENTITIES] | None,
         "disks": list[_Disk],  # type: ignore[valid-type]
+        "nics": list[_Nic],  # type: ignore[valid-type]
         "timeout": Annotated[float, msgspec.Meta(gt=0)] | None,
     },
 )
@@ -106,6 +129,7 @@ def parse(text: bytes, path: str) -> VmConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: memory: {error}") from error
     values["disks"] = [_disk(disk, folder, f"{path}: disks[{index}]") for index, disk in enumerate(values["disks"])]
+    values["nics"] = [_nic(nic, f"{path}: nics[{index}]") for index, nic in enumerate(values["nics"])]
     for name in ("kernel", "initrd", "firmware", "control"):
         if values[name]:
             values[name] = os.path.join(folder, values[name])
@@ -136,6 +160,17 @@ def _disk(loaded: Any, folder: str, where: str) -> DiskConfig:
     return DiskConfig(**values)
 
 
+def _nic(loaded: Any, where: str) -> NicConfig:
+    values: dict[str, Any] = msgspec.structs.asdict(loaded)
+    for name, read in (("mac", parse_mac), ("bandwidth", parse_rate)):
+        if isinstance(values[name], str):
+            try:
+                values[name] = read(values[name])
+            except ConfigError as error:
+                raise ConfigError(f"{where}.{name}: {error}") from error
+    return NicConfig(**values)
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of a VM file."""
     return msgspec.json.schema(_Vm)
@@ -148,6 +183,10 @@ def to_dict(config: VmConfig) -> dict[str, Any]:
     for disk in values["disks"]:
         if disk["bandwidth"] is not None:
             disk["bandwidth"] = format_size(disk["bandwidth"])
+    values["nics"] = [{name: getattr(nic, name) for name in NicConfig.__annotations__} for nic in config.nics]
+    for nic in values["nics"]:
+        if nic["bandwidth"] is not None:
+            nic["bandwidth"] = format_rate(nic["bandwidth"])
     values["memory"] = format_size(config.memory)
     return values
 
@@ -155,13 +194,18 @@ def to_dict(config: VmConfig) -> dict[str, Any]:
 def to_toml(config: VmConfig) -> str:
     """A VM file that gives `config` again; fields without a value are left out."""
     values = to_dict(config)
-    disks = values.pop("disks")
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-    for disk in disks:
-        lines += ["", "[[disks]]", *(f"{name} = {_toml(value)}" for name, value in disk.items() if value is not None)]
+    tables = {name: values.pop(name) for name in ("disks", "nics")}
+    lines = _lines(values)
+    for name, devices in tables.items():
+        for device in devices:
+            lines += ["", f"[[{name}]]", *_lines(device)]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: bool | float | str) -> str:
+def _lines(values: dict[str, Any]) -> list[str]:
+    return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+
+
+def _toml(value: bool | float | str | tuple[int | str, ...]) -> str:
     """One TOML value. JSON's forms are TOML's too, except that TOML wants DEL escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
