@@ -1,0 +1,1 @@
+"""Network load balancing between VMs: HAProxy, kept in step with where the VMs are and how they are."""
