@@ -10,6 +10,7 @@
 #include "disk.h"
 #include "ring.h"
 #include "uring.h"
+#include "visit.h"
 
 #include <sys/uio.h>
 
@@ -78,10 +79,8 @@ typedef struct StorageQueueObject {
 	SynICObject *target;
 	unsigned sint, flag;
 
-	// Held by the worker while it serves. Others count as visitors before they wait for it, which ends that soon.
-	pthread_mutex_t lock;
-	pthread_cond_t left;
-	_Atomic unsigned visitors;
+	// Held by the worker while it serves, which ends soon once there are visitors.
+	struct visit_lock lock;
 
 	struct uring uring;
 	FastDiskObject *disks[STORAGE_LUNS];
@@ -112,10 +111,6 @@ void storage_serve(StorageQueueObject *queue, struct storage_outcome *outcome);
 // Waits until the kernel has no request of the queue for `of`, a disk or its table; for any disk if it is NULL.
 void storage_finish(StorageQueueObject *queue, const void *of);
 void storage_release(StorageQueueObject *queue, uint16_t slot);
-
-void storage_lock_worker(StorageQueueObject *queue);
-void storage_lock_visitor(StorageQueueObject *queue);
-void storage_unlock_visitor(StorageQueueObject *queue);
 
 // Puts a queue on the list of all, or takes it off.
 void storage_enlist(StorageQueueObject *queue);

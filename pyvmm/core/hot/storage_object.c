@@ -16,8 +16,7 @@ static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 	StorageQueueObject *self = (StorageQueueObject *)type->tp_alloc(type, 0);
 	if (!self)
 		return NULL;
-	pthread_mutex_init(&self->lock, NULL);
-	pthread_cond_init(&self->left, NULL);
+	visit_init(&self->lock);
 	self->memory = (MemoryObject *)Py_NewRef(memory);
 	self->incoming = (RingObject *)Py_NewRef(incoming);
 	self->outgoing = (RingObject *)Py_NewRef(outgoing);
@@ -53,8 +52,7 @@ static void queue_dealloc(StorageQueueObject *self)
 	Py_DECREF(self->outgoing);
 	Py_DECREF(self->memory);
 	free(self->slots);
-	pthread_cond_destroy(&self->left);
-	pthread_mutex_destroy(&self->lock);
+	visit_destroy(&self->lock);
 	Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -103,13 +101,13 @@ static PyObject *queue_serve(StorageQueueObject *self, PyObject *Py_UNUSED(ignor
 {
 	struct storage_outcome outcome = {0};
 	Py_BEGIN_ALLOW_THREADS
-	storage_lock_worker(self);
+	visit_lock_worker(&self->lock);
 	storage_serve(self, &outcome);
 	Py_END_ALLOW_THREADS
 	unsigned none = 0;
 	PyObject *failed = take_packets(self, self->failed, &self->failed_count, request_packet);
 	PyObject *unsent = take_packets(self, self->done, outcome.stuck ? &self->done_count : &none, answer_packet);
-	pthread_mutex_unlock(&self->lock);
+	visit_unlock_worker(&self->lock);
 	if (!failed || !unsent) {
 		Py_XDECREF(failed);
 		Py_XDECREF(unsent);
@@ -122,12 +120,12 @@ static PyObject *queue_serve(StorageQueueObject *self, PyObject *Py_UNUSED(ignor
 static PyObject *queue_quiesce(StorageQueueObject *self, PyObject *Py_UNUSED(ignored))
 {
 	Py_BEGIN_ALLOW_THREADS
-	storage_lock_visitor(self);
+	visit_lock(&self->lock);
 	storage_finish(self, NULL);
 	Py_END_ALLOW_THREADS
 	PyObject *failed = take_packets(self, self->failed, &self->failed_count, request_packet);
 	PyObject *unsent = take_packets(self, self->done, &self->done_count, answer_packet);
-	storage_unlock_visitor(self);
+	visit_unlock(&self->lock);
 	if (!failed || !unsent) {
 		Py_XDECREF(failed);
 		Py_XDECREF(unsent);
@@ -139,9 +137,9 @@ static PyObject *queue_quiesce(StorageQueueObject *self, PyObject *Py_UNUSED(ign
 static PyObject *queue_drain(StorageQueueObject *self, PyObject *Py_UNUSED(ignored))
 {
 	Py_BEGIN_ALLOW_THREADS
-	storage_lock_visitor(self);
+	visit_lock(&self->lock);
 	storage_finish(self, NULL);
-	storage_unlock_visitor(self);
+	visit_unlock(&self->lock);
 	Py_END_ALLOW_THREADS
 	Py_RETURN_NONE;
 }
@@ -160,12 +158,12 @@ static PyObject *queue_set_disk(StorageQueueObject *self, PyObject *args)
 	}
 	FastDiskObject *now = disk == Py_None ? NULL : (FastDiskObject *)Py_NewRef(disk), *before;
 	Py_BEGIN_ALLOW_THREADS
-	storage_lock_visitor(self);
+	visit_lock(&self->lock);
 	if (self->disks[lun])
 		storage_finish(self, self->disks[lun]);
 	before = self->disks[lun];
 	self->disks[lun] = now;
-	storage_unlock_visitor(self);
+	visit_unlock(&self->lock);
 	Py_END_ALLOW_THREADS
 	Py_XDECREF(before);
 	Py_RETURN_NONE;
@@ -185,12 +183,12 @@ static PyObject *queue_set_target(StorageQueueObject *self, PyObject *args)
 		return PyErr_Format(PyExc_ValueError, "there is no event flag %u of SINT %u", flag, sint);
 	SynICObject *now = synic == Py_None ? NULL : (SynICObject *)Py_NewRef(synic), *before;
 	Py_BEGIN_ALLOW_THREADS
-	storage_lock_visitor(self);
+	visit_lock(&self->lock);
 	before = self->target;
 	self->target = now;
 	self->sint = sint;
 	self->flag = flag;
-	storage_unlock_visitor(self);
+	visit_unlock(&self->lock);
 	Py_END_ALLOW_THREADS
 	Py_XDECREF(before);
 	Py_RETURN_NONE;

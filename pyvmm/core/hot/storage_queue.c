@@ -62,33 +62,11 @@ void hot_storage_drain(const void *of)
 {
 	pthread_mutex_lock(&list_lock);
 	for (StorageQueueObject *queue = list; queue; queue = queue->next) {
-		storage_lock_visitor(queue);
+		visit_lock(&queue->lock);
 		storage_finish(queue, of);
-		storage_unlock_visitor(queue);
+		visit_unlock(&queue->lock);
 	}
 	pthread_mutex_unlock(&list_lock);
-}
-
-// The lock -----------------------------------------------------------------------------------------
-
-void storage_lock_worker(StorageQueueObject *queue)
-{
-	pthread_mutex_lock(&queue->lock);
-	while (atomic_load(&queue->visitors))
-		pthread_cond_wait(&queue->left, &queue->lock);
-}
-
-void storage_lock_visitor(StorageQueueObject *queue)
-{
-	atomic_fetch_add(&queue->visitors, 1);
-	pthread_mutex_lock(&queue->lock);
-}
-
-void storage_unlock_visitor(StorageQueueObject *queue)
-{
-	if (atomic_fetch_sub(&queue->visitors, 1) == 1)
-		pthread_cond_signal(&queue->left);
-	pthread_mutex_unlock(&queue->lock);
 }
 
 // Slots --------------------------------------------------------------------------------------------
@@ -392,7 +370,7 @@ static bool watch(StorageQueueObject *queue)
 			queue->vain = 0;
 			return true;
 		}
-		if (queue->done_count || queue->failed_count || atomic_load(&queue->visitors))
+		if (queue->done_count || queue->failed_count || visit_waits(&queue->lock))
 			return true;
 		__builtin_ia32_pause();
 	}
@@ -426,7 +404,7 @@ void storage_serve(StorageQueueObject *queue, struct storage_outcome *outcome)
 		bool signal = false;
 		reap(queue);
 		outcome->stuck = !complete(queue, outcome);
-		if (outcome->stuck || outcome->signal || queue->failed_count || atomic_load(&queue->visitors))
+		if (outcome->stuck || outcome->signal || queue->failed_count || visit_waits(&queue->lock))
 			return;
 		enum taken taken = take(queue, batch, &count, &signal);
 		if (signal)
