@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NamedTuple
 
+    from devices.network.definition import SwitchDefinition
     from devices.network.settings import PortSettings, PortStatistics
 
-    class Learned(NamedTuple):
-        """Where an address was seen last; `vlan` 0 is the one without a number, `port` None the host or uplink."""
 
-        vlan: int
-        mac: str
-        port: int | None
+class Learned(NamedTuple):
+    """Where an address was seen last; `vlan` 0 is the one without a number, `port` None the host or uplink."""
+
+    vlan: int
+    mac: str
+    port: int | None
 
 
 class PlaneError(Exception):
@@ -29,11 +32,17 @@ class DataPlane:
 
     #: ``kernel`` or ``process``.
     name: str
-    #: The host's interface on the switch, if it has one.
+    #: The host's interface on the switch, `definition.host_interface`, if it has one. The service sets its addresses.
     host_interface: str | None = None
 
+    def __init__(self, definition: SwitchDefinition) -> None:
+        self.definition = definition
+
     def open(self) -> None:
-        """Make the switch without ports, with its host interface or uplink; what an earlier life left is removed."""
+        """Make the switch without ports, with its host interface, which is up, or its uplink.
+
+        What an earlier life left, which may have ended by SIGKILL, is removed first.
+        """
         raise NotImplementedError
 
     def close(self) -> None:

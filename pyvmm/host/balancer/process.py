@@ -31,13 +31,13 @@ _STOP_S = 15.0
 
 def locate() -> dict[str, str]:
     """The address of each VM that is plugged into a switch with the host on it, IPv4 before IPv6."""
-    from devices.network import client, definition
+    from devices.network import client, definition, protocol
     from devices.network.errors import SwitchError
 
     found: dict[str, str] = {}
     for switch in definition.load_all():
         try:
-            ports = client.ask(switch.name, "show")["ports"]
+            ports = client.ask(switch.name, protocol.Show())["ports"]
         except SwitchError:  # not running: nobody is on it
             continue
         for port in ports:
