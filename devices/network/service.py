@@ -93,9 +93,9 @@ class Service:
             self._selector.register(heard, selectors.EVENT_READ, self._hear)
 
     def stop(self) -> None:
-        """Have `serve` return; any thread or signal handler."""
-        self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        """Have `serve` return; any thread or signal handler, harmless after `close`."""
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def serve(self) -> None:
         """Answer until `stop`, or until a client asks for the end."""
@@ -120,10 +120,11 @@ class Service:
         self._listener.close()
         if self._heard is not None:
             self._heard.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def _woken(self) -> None:
-        os.eventfd_read(self._wake)
+        self._stopping = True
 
     def _rest(self, source: socket.socket, callback: Callable[[], None]) -> None:
         """Leave `source` alone for a while."""
