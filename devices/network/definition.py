@@ -200,14 +200,25 @@ def load(name: str) -> SwitchDefinition:
     return definition
 
 
-def load_all() -> list[SwitchDefinition]:
-    """All switches, by name; raises SwitchError at the first that is broken."""
+def names() -> list[str]:
+    """The names of all switches, also those whose definition is broken."""
     try:
         files = os.listdir(os.path.dirname(places.definition("x")))
     except OSError:
         return []
-    names = sorted(file.removesuffix(".toml") for file in files if file.endswith(".toml"))
-    return [load(name) for name in names if _NAME.fullmatch(name)]
+    found = sorted(file.removesuffix(".toml") for file in files if file.endswith(".toml"))
+    return [name for name in found if _NAME.fullmatch(name)]
+
+
+def load_all() -> list[SwitchDefinition]:
+    """All switches, by name, but broken ones, which `pyvmm switch list` tells of."""
+    found = []
+    for name in names():
+        try:
+            found.append(load(name))
+        except SwitchError:
+            continue
+    return found
 
 
 def store(definition: SwitchDefinition) -> None:
@@ -243,13 +254,14 @@ def remove(name: str) -> None:
         raise SwitchError(f"{path}: {error.strerror}") from error
 
 
-def to_dict(definition: SwitchDefinition) -> dict[str, Any]:
-    """Every field as plain data."""
-    plain: dict[str, Any] = msgspec.to_builtins(definition)
-    return plain
+def plain(definition: SwitchDefinition) -> dict[str, Any]:
+    """The first part of what is shown of a switch; ``plane`` there is what `plane` has come to."""
+    values: dict[str, Any] = msgspec.to_builtins(definition)
+    values["plane_choice"] = values.pop("plane")
+    return values
 
 
 def to_toml(definition: SwitchDefinition) -> str:
     """The file that gives `definition` again; what has no value is left out. JSON's values are TOML's too."""
-    values = {name: value for name, value in to_dict(definition).items() if value not in (None, (), [])}
+    values = {name: value for name, value in msgspec.to_builtins(definition).items() if value not in (None, (), [])}
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())

@@ -6,6 +6,7 @@ PYVMM_RUNTIME_DIR override them. Switches have the folder ``switches`` in both.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 
@@ -54,3 +55,31 @@ def make_folder(path: str) -> None:
         raise SwitchError(f"{error.filename or folder}: {error.strerror}", "host") from error
     if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022:
         raise SwitchError(f"{folder}: others may write there; its owner should be you, and its mode 0700", "host")
+
+
+def lock(name: str) -> int | None:
+    """A descriptor that holds the lock of switch `name` until it is closed, or None if another process has it.
+
+    Who has it may run the switch's service, or change what stands in the runtime directory while none runs.
+    """
+    path = running(name, "lock")
+    make_folder(path)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            return file
+    except (BlockingIOError, FileNotFoundError):  # taken, or removed meanwhile with its switch
+        pass
+    os.close(file)
+    return None
+
+
+def tidy(name: str) -> None:
+    """Remove the log and lock of a switch that is no more; its lock is held."""
+    if not os.path.exists(definition(name)):
+        for suffix in ("log", "lock"):
+            try:
+                os.unlink(running(name, suffix))
+            except FileNotFoundError:
+                pass

@@ -144,7 +144,7 @@ def _vlan_filtering() -> str:
         return ""
     if "ermission" in done.stderr or "not permitted" in done.stderr:
         return "CAP_NET_ADMIN and CAP_SYS_ADMIN (run as root)"
-    return "bridge VLAN filtering (CONFIG_BRIDGE_VLAN_FILTERING), which the host's kernel lacks"
+    return "bridge VLAN filtering, which this kernel lacks"
 
 
 def _program(name: str, package: str, purpose: str) -> Offer:

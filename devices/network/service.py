@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from devices.network import addresses, protocol
+from devices.network.definition import plain
 from devices.network.errors import SwitchError
 from devices.network.plane import PlaneError
 from devices.network.settings import PortSettings
@@ -248,9 +249,12 @@ class Service:
         return client.port
 
     def _show(self) -> dict[str, Any]:
-        definition: dict[str, Any] = msgspec.to_builtins(self._switch.definition)
-        del definition["plane"]  # what it came to says more
-        return {**definition, "state": "running", "pid": os.getpid(), **self._switch.show()}
+        return {
+            **plain(self._switch.definition),
+            "state": "running",
+            "pid": os.getpid(),
+            **self._switch.show(),
+        }
 
     def _set(self, client: _Client, request: protocol.Set) -> dict[str, Any]:
         number = self._switch.find(request.port)
@@ -363,7 +367,6 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
         if not _take_lock(name, made):
             tell({"ok": True})  # somebody else was faster
             return
-        made.callback(_tidy_runtime, name)
         definition = definitions.load(name)
         chosen, reason = planes.plane_for(definition)
         plane = planes.make(definition, chosen)
@@ -396,41 +399,20 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
 
 def _take_lock(name: str, made: contextlib.ExitStack) -> bool:
     """Whether this is the one service of the switch from here on; False if another one answers."""
-    import fcntl
+    from devices.network import client, places
 
-    from devices.network import places
-    from devices.network.client import START_S, running
-
-    path = places.running(name, "lock")
-    places.make_folder(path)
-    deadline = time.monotonic() + START_S / 2
+    deadline = time.monotonic() + client.START_S / 2
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
-                made.callback(os.close, lock)
-                return True
-        except BlockingIOError:
-            pass
-        os.close(lock)
-        if running(name):
+        lock = places.lock(name)
+        if lock is not None:
+            made.callback(os.close, lock)
+            made.callback(places.tidy, name)
+            return True
+        if client.running(name):
             return False
         if time.monotonic() > deadline:
-            raise SwitchError(f"switch {name}: another process holds {path} but does not answer")
+            raise SwitchError(f"switch {name}: whoever has locked {places.running(name, 'lock')} does not answer")
         time.sleep(_PAUSE_S)
-
-
-def _tidy_runtime(name: str) -> None:
-    """Remove what belongs to a switch that is no more. The lock is ours still."""
-    from devices.network import places
-
-    if not os.path.exists(places.definition(name)):
-        for suffix in ("log", "lock"):
-            try:
-                os.unlink(places.running(name, suffix))
-            except FileNotFoundError:
-                pass
 
 
 def _listen(name: str, interface: str | None) -> socket.socket | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-COMMANDS = ("run", "ctl", "disk", "lb", "enlightenments", "config", "doctor", "completion")
+COMMANDS = ("run", "ctl", "disk", "switch", "lb", "enlightenments", "config", "doctor", "completion")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -96,7 +96,22 @@ def examine(device: str) -> dict[str, Any]:
         "kvm": kvm,
         "capabilities": found,
         "tools": [_tool(*tool) for tool in _TOOLS],
+        "network": _network(),
     }
+
+
+def _network() -> dict[str, Any]:
+    """What switches can have of this host and user, and which data plane carries their frames."""
+    from devices.network import planes
+    from devices.network.definition import SwitchDefinition
+
+    offers = planes.examine()
+    plane, reason = planes.plane_for(SwitchDefinition(name="any"), offers)
+    rows = [
+        {"name": offer.name, "usable": offer.there, "purpose": offer.purpose, "missing": offer.why}
+        for offer in offers.values()
+    ]
+    return {"plane": plane, "plane_reason": reason, "offers": rows}
 
 
 def _tool(name: str, other_path: str, purpose: str, package: str) -> dict[str, Any]:
@@ -151,4 +166,12 @@ def _show(findings: dict[str, Any]) -> None:
         place = row["path"] if row["usable"] else f"[yellow]missing[/]: {row['remedy']}"
         table.add_row(row["name"], place, row["purpose"])
     console.print(table)
+    network = findings["network"]
+    table = Table("for networks", "", "used for", box=box.SIMPLE)
+    for row in network["offers"]:
+        table.add_row(
+            row["name"], "there" if row["usable"] else f"[yellow]missing[/]: {escape(row['missing'])}", row["purpose"]
+        )
+    console.print(table)
+    console.print(f"Switches use the {network['plane']} data plane: {escape(network['plane_reason'])}.")
     console.print("[green]VMs can run here.[/]" if findings["ok"] else "[red]VMs cannot run here.[/]")
