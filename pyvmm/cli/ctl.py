@@ -8,7 +8,7 @@ import os
 import socket
 
 from pyvmm.cli import EXIT_FAILED, CliError
-from pyvmm.machine.config import DISK_FORM, ConfigError, parse_disk, parse_size
+from pyvmm.machine.config import DISK_FORM, NIC_FORM, ConfigError, parse_disk, parse_nic, parse_size
 from pyvmm.machine.control import DEFAULT_SHUTDOWN_S
 
 TYPE_CHECKING = False
@@ -36,7 +36,14 @@ _COMMANDS = {
     "eject": "take the disc out of a CD or DVD drive",
     "insert": "put an ISO image into a CD or DVD drive",
     "resize-disk": "make a disk larger while the guest uses it",
+    "nic": "plug in, unplug, set or list network adapters",
     "status": "show the VM's name, process and state",
+}
+_NIC_ACTIONS = {
+    "add": "plug a synthetic NIC in",
+    "remove": "unplug a synthetic NIC",
+    "set": "connect a NIC elsewhere, plug its cable in or out, change VLANs, limits and guards",
+    "list": "show the NICs and what their cables lead to",
 }
 
 
@@ -68,8 +75,26 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
         by_name[name].add_argument("place", metavar="[ide]CONTROLLER:LUN", type=_drive)
     by_name["eject"].add_argument("--force", action="store_true", help="also if the guest has locked the drive")
     by_name["insert"].add_argument("image", metavar="PATH", help="ISO image")
+    _add_nic_actions(by_name["nic"])
     by_name["resize-disk"].add_argument("size", metavar="SIZE", type=parse_size, help="the new size, such as 20G")
     parser.set_defaults(run=run)
+
+
+def _add_nic_actions(parser: Parser) -> None:
+    actions = parser.add_subparsers(
+        title="actions", metavar="ACTION", dest="action", required=True, prog="pyvmm ctl SOCKET nic"
+    )
+    by_name: dict[str, Parser] = {}
+    for name, text in _NIC_ACTIONS.items():
+        by_name[name] = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        # A default here would undo what was said before the action.
+        by_name[name].add_argument(
+            "-o", "--output", choices=("text", "json"), default=argparse.SUPPRESS, help="form of the output"
+        )
+    by_name["add"].add_argument("spec", metavar="NETWORK[,OPTION]...", type=_nic_spec, help=f"as {NIC_FORM}")
+    for name in ("remove", "set"):
+        by_name[name].add_argument("nic", metavar="N", type=int, help="its number, as list shows it")
+    by_name["set"].add_argument("spec", metavar="OPTION[,OPTION]...", help=f"what changes, of {NIC_FORM}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,6 +148,9 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     elif args.command == "add-disk":
         message.update((name, value) for name, value in vars(args.disk).items() if value is not None)
         message.update(path=os.path.abspath(args.disk.path))
+    elif args.command == "nic":
+        message.update(command="list-nics" if args.action == "list" else f"{args.action}-nic")
+        message.update((name, getattr(args, name)) for name in ("nic", "spec") if name in args)
     if "place" in args:
         message.update(zip(("controller", "lun", "bus"), args.place, strict=False))
     if args.command == "resize-disk":
@@ -141,6 +169,11 @@ def _place(text: str) -> tuple[int, int]:
     return int(controller), int(lun)
 
 
+def _nic_spec(text: str) -> str:
+    parse_nic(text)
+    return text
+
+
 def _drive(text: str) -> tuple[int, int, str]:
     bus = "ide" if text.startswith("ide") else "scsi"
     return *_place(text.removeprefix("ide")), bus
@@ -150,9 +183,20 @@ def _lines(args: argparse.Namespace, reply: dict[str, Any]) -> list[str]:
     if "inspect" in reply:
         node = reply["inspect"]
         return list(_tree(node)) if isinstance(node, dict | list) else [_scalar(node)]
+    if "nics" in reply:
+        return _nic_table(reply["nics"])
     if "message" in reply:
         return [str(reply["message"])]
     return [f"{key}: {_scalar(value)}" for key, value in reply.items() if key not in ("ok", "version")]
+
+
+def _nic_table(nics: list[dict[str, Any]]) -> list[str]:
+    rows = [("NIC", "TYPE", "MAC", "NETWORK", "LINK")]
+    for nic in nics:
+        link = "up" if nic["link"] else f"lost: {nic['lost']}" if nic["lost"] else "down"
+        rows.append((str(nic["nic"]), nic["type"], nic["mac"], nic["network"], link))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _tree(node: Any, indent: str = "") -> Iterator[str]:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from pyvmm.cli.parser import Parser
     from pyvmm.machine.console import Console
     from pyvmm.machine.control import ControlServer
-    from pyvmm.machine.machine import Machine, Outcome
+    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.outcome import Outcome
 
 _EPILOG = (
     "exit status: 0 the guest powered off, 1 pyvmm failed, 2 usage, 3 the guest reset under --no-reboot, 4 the guest "
@@ -137,7 +138,8 @@ def resolve(args: argparse.Namespace) -> VmConfig:
 def _run_machine(config: VmConfig, tracer: Tracer, console: Console, report: TextIO | None) -> Outcome:
     gc.disable()  # all that is made up to the guest's first instruction stays
     try:
-        from pyvmm.machine.machine import Machine, MachineError
+        from pyvmm.machine.machine import Machine
+        from pyvmm.machine.outcome import MachineError
 
         machine = Machine(config, tracer=tracer, log=GuestLog(), console=console)
     except MachineError as error:

@@ -14,7 +14,7 @@ from pyvmm.core.bus import Bus, BusHandler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from devices.legacy.hyperv_testdev import HypervTestdev
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyvmm.core.trace import Tracer
     from pyvmm.core.worker import Worker
     from pyvmm.machine.disks import Slot
+    from pyvmm.machine.nics import Slot as NicSlot
 
 #: CONFIG_ADDRESS and CONFIG_DATA.
 _PCI_PORTS = ((0xCF8, 1), (0xCFC, 4))
@@ -96,6 +97,7 @@ class Board:
         worker: Worker,
         make_worker: Callable[[str], Worker],
         ide_disks: Mapping[tuple[int, int], Disk],
+        nics: Sequence[NicSlot],
         tracer: Tracer,
         clock: Clock,
         on_poweroff: Callable[[], None],
@@ -118,10 +120,10 @@ class Board:
         self._add(system_ports, system_ports.ports())
         self._pci_lock = threading.Lock()
         self._pci: PciBus | None = None
-        self._pci_parts = (memory, irq_line, ide_disks, make_worker)
+        self._pci_parts = (memory, irq_line, ide_disks, nics, make_worker)
         for base, length in _PCI_PORTS:
             self.pio.register(base, length, _FirstAccess(self, base), "PCI, not looked at so far")
-        if ide_disks:
+        if ide_disks or nics:
             self.find_pci()
 
     def find_pci(self) -> None:

@@ -23,6 +23,7 @@ from pyvmm.machine.config import (
     SECTOR_SIZES,
     DiskConfig,
     check_disk,
+    parse_nic,
 )
 from pyvmm.machine.unix_socket import UnixListener
 
@@ -39,6 +40,7 @@ MAX_CLIENTS = 8
 DEFAULT_SHUTDOWN_S = 30.0
 _MAX_SHUTDOWN_S = 3600.0
 _MAX_LIMIT = 1 << 50
+_MAX_NIC = 99
 #: How long a client may take to read a reply, and how long closing waits for replies under way.
 _SEND_S = 10.0
 _CLOSE_S = 2.0
@@ -58,16 +60,20 @@ class Commands:
         #: By name: the arguments that a command knows, and what carries it out.
         self._table: dict[str, tuple[tuple[str, ...], Callable[[_Arguments], dict[str, Any]]]] = {
             "add-disk": (tuple(DiskConfig.__annotations__), self._add_disk),
+            "add-nic": (("spec",), self._add_nic),
             "eject": (("bus", "controller", "lun", "force"), self._eject),
             "enlightenments": ((), lambda _: machine.enlightenments()),
             "insert": (("bus", "controller", "lun", "path"), self._insert),
             "inspect": (("path",), self._inspect),
+            "list-nics": ((), lambda _: {"nics": machine.nics().inspect()}),
             "pause": ((), lambda _: self._control(machine.pause)),
             "poweroff": ((), lambda _: self._request(machine.poweroff, "power-off")),
             "remove-disk": (("controller", "lun"), self._remove_disk),
+            "remove-nic": (("nic",), lambda arguments: machine.nics().remove(_nic(arguments))),
             "reset": ((), lambda _: self._request(machine.reset, "reset")),
             "resize-disk": (("controller", "lun", "size"), self._resize_disk),
             "resume": ((), lambda _: self._control(machine.resume)),
+            "set-nic": (("nic", "spec"), self._set_nic),
             "shutdown": (("timeout", "restart"), self._shutdown),
             "status": ((), lambda _: self._status()),
         }
@@ -139,6 +145,12 @@ class Commands:
     def _resize_disk(self, arguments: _Arguments) -> dict[str, Any]:
         return self._machine.disks.resize(*self._place(arguments), arguments.integer("size", 1, MAX_DISK))
 
+    def _add_nic(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.nics().add(parse_nic(arguments.text("spec")))
+
+    def _set_nic(self, arguments: _Arguments) -> dict[str, Any]:
+        return self._machine.nics().change(_nic(arguments), arguments.text("spec"))
+
     def _place(self, arguments: _Arguments) -> tuple[int, int]:
         controller = arguments.integer("controller", 0, MAX_CONTROLLERS - 1)
         return controller, arguments.integer("lun", 0, MAX_LUNS - 1)
@@ -200,6 +212,10 @@ class _Arguments:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= high:
             raise RequestError(f"{name}: expected seconds, more than 0 and up to {high:g}")
         return float(value)
+
+
+def _nic(arguments: _Arguments) -> int:
+    return arguments.integer("nic", 0, _MAX_NIC)
 
 
 def _children(node: Any) -> dict[str, Any]:

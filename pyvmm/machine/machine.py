@@ -6,7 +6,6 @@ and park the VPs; it decides. Order on resume: clock, devices, VPs; on pause the
 
 from __future__ import annotations
 
-import os
 import threading
 
 from enlightenments import tlfs
@@ -15,7 +14,6 @@ from pyvmm.boot import layout
 from pyvmm.boot.entry import BootError
 from pyvmm.core import _hot
 from pyvmm.core.clock import Clock
-from pyvmm.core.device import GuestViolation
 from pyvmm.core.kvm import abi, capabilities
 from pyvmm.core.kvm.errors import KvmError
 from pyvmm.core.kvm.system import System
@@ -24,6 +22,18 @@ from pyvmm.machine import kvm_timers
 from pyvmm.machine.config import ConfigError
 from pyvmm.machine.disks import Disks
 from pyvmm.machine.guest_memory import load_guest
+from pyvmm.machine.outcome import (
+    EXIT_CRASH,
+    EXIT_FAILED,
+    EXIT_HOST,
+    EXIT_POWEROFF,
+    EXIT_RESET,
+    EXIT_TIMEOUT,
+    EXIT_USAGE,
+    MachineError,
+    Outcome,
+    crash_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,34 +44,15 @@ if TYPE_CHECKING:
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.config import VmConfig
     from pyvmm.machine.console import Console
+    from pyvmm.machine.nics import Nics
+    from pyvmm.machine.nics import Slot as NicSlot
     from pyvmm.machine.processor import Processor
     from pyvmm.machine.synthetic import SyntheticDevices
-
-EXIT_POWEROFF, EXIT_FAILED, EXIT_USAGE, EXIT_RESET, EXIT_CRASH, EXIT_HOST, EXIT_TIMEOUT = 0, 1, 2, 3, 4, 5, 124
 
 _INSPECT_WAIT_S = 1.0
 
 #: VMBus connection ids that a guest first posts to: from protocol 5.0 on the second.
 _VMBUS_CONNECTIONS = (1, 4)
-
-
-class MachineError(Exception):
-    """The VM cannot be made or started. One line, and the exit code that tells the kind."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class Outcome:
-    """How a VM ended: `kind` is poweroff, reset, crash, timeout, exit or stopped; `message` is for people."""
-
-    __slots__ = ("exit_code", "kind", "message")
-
-    def __init__(self, kind: str, exit_code: int, message: str = "") -> None:
-        self.kind = kind
-        self.exit_code = exit_code
-        self.message = message
 
 
 class Machine:
@@ -77,9 +68,10 @@ class Machine:
         self._events: list[Outcome] = []
         self._state = "stopped"
         self._lifecycle = threading.RLock()  # one of pause, resume, reset, save at a time
+        self._making = threading.Lock()  # of the next and the last of these
         self._synthetic: SyntheticDevices | None = None
-        self._synthetic_lock = threading.Lock()
         self._disks: Disks | None = None
+        self._nics: Nics | None = None
         try:
             chosen = parse_spec(config.enlightenments)
         except ValueError as error:
@@ -89,6 +81,8 @@ class Machine:
         self._vmbus = "vmbus" in chosen
         try:
             self._disks = Disks(config.disks, self.synthetic, lambda: self.board)
+            if config.nics:
+                self.nics()
             self.memory = GuestMemory(config.memory, config.huge_pages)
             self._entry = load_guest(self.memory, self.config, self._vmbus)
             with System() as system:
@@ -154,6 +148,7 @@ class Machine:
             self._worker,
             lambda name: Worker(name, self._on_worker_error, self._clock),
             self._disks.ide(),
+            self._nic_slots("legacy"),
             self._tracer,
             self._clock,
             lambda: self._post(Outcome("poweroff", EXIT_POWEROFF)),
@@ -250,20 +245,10 @@ class Machine:
         self._post(Outcome("crash", EXIT_CRASH, diagnose(processor.vp, reason, self.memory)))
 
     def _on_vp_error(self, processor: Processor, error: BaseException) -> None:
-        self._post(self._crash_of(f"VP {processor.vp.index}", error))
+        self._post(crash_of(f"VP {processor.vp.index}", error))
 
     def _on_worker_error(self, error: BaseException) -> None:
-        self._post(self._crash_of("a device", error))
-
-    def _crash_of(self, where: str, error: BaseException) -> Outcome:
-        if isinstance(error, GuestViolation):
-            return Outcome("crash", EXIT_CRASH, f"{where}: {error}")
-        message = f"{where}: {type(error).__name__}: {error}"
-        if os.environ.get("PYVMM_DEBUG"):
-            import traceback
-
-            message += "\n" + "".join(traceback.format_exception(error)).rstrip()
-        return Outcome("crash", EXIT_CRASH, message)
+        self._post(crash_of("a device", error))
 
     def _first_message(self, connection_id: int, kind: int, payload: bytes) -> bool:
         """A guest's first word to VMBus: only now are the bus and its devices made."""
@@ -277,7 +262,7 @@ class Machine:
         """
         if not self._vmbus:
             raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
-        with self._synthetic_lock:
+        with self._making:
             if self._synthetic is None:
                 from pyvmm.machine.synthetic import SyntheticDevices
 
@@ -289,6 +274,7 @@ class Machine:
                     self.memory,
                     self._disks.controllers(),
                     self._disks.ide(),
+                    self._nic_slots("synthetic"),
                     self._tracer,
                     self._log,
                     self._clock,
@@ -401,6 +387,8 @@ class Machine:
             self.board.close()
         if getattr(self, "_worker", None) is not None:
             self._worker.stop()
+        if self._nics is not None:
+            self._nics.close()
         lost = self._disks.close() if self._disks is not None else None
         for processor in getattr(self, "processors", ()):
             processor.vp.close()
@@ -455,6 +443,21 @@ class Machine:
         assert self._disks is not None
         return self._disks
 
+    def nics(self) -> Nics:
+        """The VM's NICs, to plug in and out. Raises MachineError if those of its configuration cannot be had."""
+        with self._making:
+            if self._nics is None:
+                from pyvmm.machine.nics import Nics
+
+                config = self.config
+                self._nics = Nics(
+                    config.nics, config.name, self.synthetic, self._log, self._clock, self._on_worker_error
+                )
+            return self._nics
+
+    def _nic_slots(self, type: str) -> list[NicSlot]:
+        return self._nics.slots(type) if self._nics is not None else []
+
     def inspect(self) -> dict[str, Any]:
         """The whole VM as a JSON tree."""
         from pyvmm.machine.counts import exits_by_name, total_counts
@@ -473,6 +476,7 @@ class Machine:
             "partition": self.partition.inspect(),
             "board": self.board.inspect(),
             "console": self._console.inspect(),
+            "nics": self._nics.inspect() if self._nics is not None else [],
             "synthetic": self._synthetic.inspect() if self._synthetic is not None else None,
         }
 

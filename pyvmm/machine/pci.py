@@ -9,13 +9,14 @@ from pyvmm.boot import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from devices.storage.backend import Disk
     from pyvmm.core.bus import Bus
     from pyvmm.core.irq import IrqLine
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.worker import Worker
+    from pyvmm.machine.nics import Slot as NicSlot
 
 
 def make_pci(
@@ -24,6 +25,7 @@ def make_pci(
     memory: GuestMemory,
     irq_line: Callable[[int], IrqLine],
     ide_disks: Mapping[tuple[int, int], Disk],
+    nics: Sequence[NicSlot],
     make_worker: Callable[[str], Worker],
 ) -> PciBus:
     """Make the bus, with the functions where Hyper-V has them."""

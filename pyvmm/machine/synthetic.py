@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
+    from devices.synthetic.netvsp.vsp import NetVsp
+
     from devices.storage.backend import Disk
     from enlightenments.partition import Partition
     from pyvmm.core.clock import Clock
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.disks import Slot
+    from pyvmm.machine.nics import Slot as NicSlot
 
 _SHUTDOWN_MESSAGES = {
     "accepted": "the guest is shutting down",
@@ -45,6 +48,7 @@ class SyntheticDevices:
         memory: GuestMemory,
         controllers: dict[int, dict[int, Slot]],
         ide_disks: Mapping[tuple[int, int], Disk],
+        nics: Iterable[NicSlot],
         tracer: Tracer,
         log: GuestLog,
         clock: Clock,
@@ -65,6 +69,9 @@ class SyntheticDevices:
         for (channel, unit), disk in ide_disks.items():
             if not disk.optical:  # CDs are the IDE controller's alone, as on Hyper-V
                 self.bus.add_device(IdeAccelerator(channel, unit, disk))
+        self._nics: dict[int, NetVsp] = {}
+        for nic in nics:
+            self.plug_nic(nic)
 
     def change_disc(self, slot: Slot, disc: Disk | None, force: bool) -> Disk | None:
         """Change what is in a CD or DVD drive; see `StorVsp.change_disc`."""
@@ -92,6 +99,18 @@ class SyntheticDevices:
     def resize(self, slot: Slot, size: int) -> None:
         """Make a disk larger and have the guest notice; raises what `StorVsp.resize_disk` raises."""
         self._controllers[slot.controller].resize_disk(slot.lun, size)
+
+    def plug_nic(self, slot: NicSlot) -> None:
+        """Show the guest a NIC that was not there."""
+        from devices.synthetic.netvsp.vsp import NetVsp  # VMs without NICs start faster without it
+
+        nic = self._nics[slot.number] = NetVsp(slot.number, slot.mac, subchannels_for(self._vp_count))
+        slot.attach(nic)
+        self.bus.add_device(nic)
+
+    def unplug_nic(self, slot: NicSlot) -> None:
+        """Take a NIC away from the guest."""
+        self.bus.remove_device(self._nics.pop(slot.number))
 
     def shutdown(self, timeout: float, restart: bool) -> dict[str, Any]:
         """Ask the guest to shut down; tell whether it obeyed."""

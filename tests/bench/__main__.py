@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
-from pyvmm.machine.machine import MachineError
+from pyvmm.machine.outcome import MachineError
 from tests.bench import disk, exits, idle, net, startup, storage
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError

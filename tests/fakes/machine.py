@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.machine.machine import MachineError, Outcome
+from devices.network.errors import SwitchError
+from pyvmm.machine.outcome import MachineError, Outcome
 from tests.fakes.observed import ObservedGuest
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pyvmm.machine.config import DiskConfig
+    from pyvmm.machine.nic_config import NicConfig
 
 
 class FakeDisks:
@@ -43,6 +45,35 @@ class FakeDisks:
     def resize(self, controller: int, lun: int, size: int) -> dict[str, Any]:
         self._calls.append(("resize", controller, lun, size))
         return {"controller": controller, "lun": lun, "size": size}
+
+
+class FakeNics:
+    """Remembers in `calls` what was asked of it."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self._calls = calls
+
+    def add(self, config: NicConfig) -> dict[str, Any]:
+        self._calls.append(("add", config.network, config.vlan))
+        return {"nic": 1, "mac": "00:15:5d:00:00:01"}
+
+    def remove(self, number: int) -> dict[str, Any]:
+        self._calls.append(("remove", number))
+        return {"nic": number}
+
+    def change(self, number: int, text: str) -> dict[str, Any]:
+        self._calls.append(("set", number, text))
+        if text == "switch=missing":
+            raise SwitchError("no switch missing", "missing")
+        return {"nic": number, "link": False}
+
+    def inspect(self) -> list[dict[str, Any]]:
+        nic = {"type": "synthetic", "lost": None, "port": None}
+        return [
+            {"nic": 0, "mac": "00:15:5d:00:00:01", "network": "switch=lan", "link": True, **nic},
+            {"nic": 1, "mac": "00:15:5d:00:00:02", "network": "none", "link": False, **nic},
+            {"nic": 2, "mac": "00:15:5d:00:00:03", "network": "user", "link": False, **nic, "lost": "passt ended"},
+        ]
 
 
 class FakeMachine:
@@ -114,6 +145,9 @@ class FakeMachine:
     def enlightenments(self) -> dict[str, Any]:
         self.observed.seconds += 1
         return self.observed.report()
+
+    def nics(self) -> FakeNics:
+        return FakeNics(self.calls)
 
     @property
     def disks(self) -> FakeDisks:

@@ -20,7 +20,7 @@ from tests.fakes.rom import build_rom
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pyvmm.machine.machine import Outcome
+    from pyvmm.machine.outcome import Outcome
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60

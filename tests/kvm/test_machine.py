@@ -14,7 +14,8 @@ from pyvmm.core.bus import BusHandler
 from pyvmm.core.device import GuestViolation
 from pyvmm.core.kvm.vp import Vp
 from pyvmm.machine.config import DiskConfig
-from pyvmm.machine.machine import Machine, MachineError
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.outcome import MachineError
 from tests.fakes.rom import HYPERCALL_PAGE, PROTECTED_MODE, SHOW_HYPERCALL_PAGE, ring
 
 if TYPE_CHECKING:

@@ -97,9 +97,37 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
     ]
 
 
+def test_nics_come_go_and_change(vm: str, machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ctl", vm, "nic", "add", "switch=lan,vlan=10"]) == 0
+    assert capsys.readouterr().out == "nic: 1\nmac: 00:15:5d:00:00:01\n"
+    assert main(["ctl", vm, "nic", "set", "1", "link=down,vlan=none", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["link"] is False
+    assert main(["ctl", vm, "nic", "remove", "1"]) == 0
+    assert machine.calls == [("add", "switch=lan", 10), ("set", 1, "link=down,vlan=none"), ("remove", 1)]
+    capsys.readouterr()
+    assert main(["ctl", vm, "nic", "set", "1", "switch=missing"]) == 1
+    assert capsys.readouterr().err == "pyvmm: error: no switch missing\n"
+
+
+def test_nics_are_listed_as_a_table_or_json(vm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ctl", vm, "nic", "list"]) == 0
+    assert capsys.readouterr().out == (
+        "NIC  TYPE       MAC                NETWORK     LINK\n"
+        "0    synthetic  00:15:5d:00:00:01  switch=lan  up\n"
+        "1    synthetic  00:15:5d:00:00:02  none        down\n"
+        "2    synthetic  00:15:5d:00:00:03  user        lost: passt ended\n"
+    )
+    for words in (["nic", "list", "-o", "json"], ["nic", "-o", "json", "list"]):
+        assert main(["ctl", vm, *words]) == 0
+        assert [nic["nic"] for nic in json.loads(capsys.readouterr().out)["nics"]] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        ["nic", "add", "lan"],
+        ["nic", "add", "switch=lan,vlan=5000"],
+        ["nic", "remove", "first"],
         ["remove-disk", "1"],
         ["remove-disk", "a:b"],
         ["add-disk", "x,y"],

@@ -13,7 +13,7 @@ import pytest
 
 from pyvmm.cli import main
 from pyvmm.cli.ctl import request
-from pyvmm.machine.machine import MachineError, Outcome
+from pyvmm.machine.outcome import MachineError, Outcome
 from tests.fakes import machine as fakes
 from tests.fakes.machine import FakeMachine
 
