@@ -91,6 +91,7 @@ class Channel:
         self.worker = worker
         #: Serves the rings before Python does, once `use_engine` has set it.
         self.engine: Engine | None = None
+        self._event = -1
         #: Why the channel was given up; None while all is well.
         self.broken: str | None = None
         #: The eventfd behind the channel's event port.
@@ -149,10 +150,16 @@ class Channel:
         """Return C code for these rings and this doorbell, which `use_engine` sets to work."""
         return make(self.vsp.bus.memory.hot, self.incoming, self.outgoing, self.doorbell)
 
-    def use_engine(self, engine: Engine) -> None:
-        """Have C code take from the rings what it knows, from now on; `Vsp.packets` gets the rest."""
+    def use_engine(self, engine: Engine, event: int = -1) -> None:
+        """Have C code take from the rings what it knows, from now on; `Vsp.packets` gets the rest.
+
+        It also gets its turn each time that the file `event` has something to read that it had not before.
+        """
         self._aim(self, engine)
         self.engine = engine
+        if event >= 0:
+            self._event = event
+            self.worker.add_file(event, self._service)
         self.kick()
 
     def stop_receiving(self) -> None:
@@ -201,6 +208,8 @@ class Channel:
     def detach(self) -> None:
         """Stop touching the rings. Runs on the channel's worker, or while that is paused."""
         self.worker.remove_event(self.doorbell)
+        if self._event >= 0:
+            self.worker.remove_event(self._event)
         with self._lock:
             self._open = False
             self._pending.clear()

@@ -207,6 +207,106 @@ class StorageQueue:
     def inspect(self) -> dict[str, int]:
         """``packets_in``, ``packets_out`` and ``signals``."""
 
+#: What a guest takes from its NIC, for `NetDevice.set_offloads`: being told that checksums are right (TCP and UDP over
+#: IPv4 and IPv6, and of IPv4's header), TCP segments put together (RSC), and 802.1Q tags beside the frame, not in it.
+RECEIVE_TCP4: int
+RECEIVE_UDP4: int
+RECEIVE_TCP6: int
+RECEIVE_UDP6: int
+RECEIVE_IP4: int
+RECEIVE_RSC4: int
+RECEIVE_RSC6: int
+RECEIVE_VLAN: int
+
+class NetDevice:
+    """A synthetic NIC: what its channels' queues share. All methods may be called from any thread.
+
+    Changes apply from when a method returns; what was there before is not used any more then.
+    """
+
+    message_size: int
+    """Bytes of an NVSP message to the guest: 28, or 40 from NVSP 6.1 on."""
+
+    def __init__(self, memory: Memory, /) -> None: ...
+    def set_port(self, fd: int, /) -> None:
+        """Move frames through `fd`, as in `devices.network.port`, or -1 for none; OSError if it can't be watched."""
+
+    def set_link(self, up: bool, /) -> None:
+        """Down, as at first: nothing is received, and what the guest sends is completed and dropped."""
+
+    def set_receive_buffer(
+        self, runs: Sequence[tuple[int, int]] | None, buffer_id: int = 0, section_size: int = 0, /
+    ) -> int:
+        """Use a receive buffer of these (GPA, bytes), or none; the sections of the one before are forgotten.
+
+        Returns how many sections there are. Raises ValueError for memory that isn't guest RAM, runs that don't meet at
+        ends of pages, or no sections for data beside the 16 for control messages.
+        """
+
+    def set_send_buffer(self, runs: Sequence[tuple[int, int]] | None, section_size: int = 0, /) -> int:
+        """Use a send buffer, or none; returns how many sections there are. Raises ValueError as above."""
+
+    def set_filter(self, packet_filter: int, mac: bytes, multicast: Sequence[bytes] = (), /) -> None:
+        """Receive what these NDIS_PACKET_TYPE_* bits say, of up to 64 groups; 0, as at first, is nothing."""
+
+    def set_frame_size(self, size: int, /) -> None:
+        """The largest frame either way without its tags; 1514 at first."""
+
+    def set_offloads(self, receive: int, /) -> None:
+        """What the guest takes, RECEIVE_* bits; 0 at first. What it may send is up to it, packet by packet."""
+
+    def set_rss(self, key: bytes, table: Sequence[int], hashes: int, /) -> None:
+        """Spread frames over channels: Toeplitz `key` (40 bytes), up to 128 sub-channel indices, NDIS_HASH_* bits.
+
+        An empty table: all go to channel 0, as do those whose channel is not open. Raises ValueError.
+        """
+
+    def statistics(self) -> dict[str, int]:
+        """``sent_frames``, ``sent_bytes``, ``received_frames``, ``received_bytes``, and what was not, by reason."""
+
+    def save(self) -> dict[str, object]:
+        """The sections that the guest holds, and control messages that wait; while no queue is serving."""
+
+    def restore(self, state: dict[str, object], /) -> None:
+        """Take over what `save` returned, once the receive buffer is set. Raises ValueError."""
+
+class NetQueue:
+    """The data of one channel of a synthetic NIC; used as ``channel.make_engine(partial(NetQueue, device, index))``.
+
+    RNDIS packets (NVSP message 107, channel type 0) and completions of what was received (108) are dealt with here,
+    all else is left to Python. Queue 0 also reads the port, and deals frames out to the rings of all. A guest that
+    breaks the protocol makes `serve` raise RingError. A new queue takes the place of the channel's one before.
+
+    To be used with ``channel.use_engine(queue, queue.event)``.
+    """
+
+    event: int
+    """A file that becomes readable when there is something to do; it is the queue's own."""
+    @property
+    def name(self) -> str:
+        """``direct``."""
+
+    def __init__(
+        self, device: NetDevice, index: int, memory: Memory, incoming: Ring, outgoing: Ring, doorbell: int, /
+    ) -> None: ...
+    def serve(self) -> tuple[bool, int, list[Packet], list[Packet], bool]:
+        """As `StorageQueue.serve`; no packet is taken that Python must carry out."""
+
+    def quiesce(self) -> tuple[list[Packet], list[Packet]]:
+        """As `StorageQueue.quiesce`; nobody touches the rings until the next `serve`."""
+
+    def set_target(self, synic: SynIC | None, sint: int, flag: int, /) -> None:
+        """Signal the guest by this event flag from now on, without Python; any thread."""
+
+    def send_control(self, message: bytes, /) -> bool:
+        """Send an RNDIS control message to the guest, in order; any thread.
+
+        Up to 64 wait until the guest gives receive sections back. False for one more, or one larger than a section.
+        """
+
+    def inspect(self) -> dict[str, int]:
+        """``packets_in``, ``packets_out`` and ``signals``."""
+
 class ReferenceTime:
     """Reference time of a partition: 100 ns units on the guest's TSC. TLFS chapter 12.4.
 

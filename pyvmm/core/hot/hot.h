@@ -79,6 +79,11 @@ extern PyTypeObject BlockTable_Type;
 extern PyTypeObject FastDisk_Type;
 extern PyTypeObject StorageQueue_Type;
 
+extern PyTypeObject NetDevice_Type;
+extern PyTypeObject NetQueue_Type;
+// Adds what `NetDevice.set_offloads` takes; false with an exception set.
+bool hot_net_add_constants(PyObject *module);
+
 PyObject *hot_crc32c(PyObject *module, PyObject *args);
 
 // Hypercall statuses of the TLFS that C code returns ------------------------------------------------

@@ -25,6 +25,7 @@ PyMODINIT_FUNC PyInit__hot(void)
 	PyTypeObject *types[] = {
 		&Memory_Type, &ReferenceTime_Type, &Doorbells_Type,  &Ring_Type,
 		&SynIC_Type,  &Vp_Type,            &BlockTable_Type, &FastDisk_Type, &StorageQueue_Type,
+		&NetDevice_Type, &NetQueue_Type,
 	};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)
@@ -32,6 +33,8 @@ PyMODINIT_FUNC PyInit__hot(void)
 	}
 	RingError = PyErr_NewException("pyvmm.core._hot.RingError", PyExc_ValueError, NULL);
 	if (!RingError || PyModule_AddObjectRef(module, "RingError", RingError) < 0)
+		goto fail;
+	if (!hot_net_add_constants(module))
 		goto fail;
 	return module;
 fail:

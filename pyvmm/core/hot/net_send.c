@@ -1,0 +1,351 @@
+// Frames from the guest: RNDIS packets in guest memory, written to the port.
+//
+// What is looked at is copied out first, and what was looked at is what is sent: the guest may change its memory meanwhile.
+//
+// Facts: Linux 6.1 drivers/net/hyperv (hyperv_net.h, rndis_filter.c, netvsc_drv.c), openvmm netvsp, NDIS's
+// NDIS_TCP_IP_CHECKSUM_NET_BUFFER_LIST_INFO and NDIS_TCP_LARGE_SEND_OFFLOAD_NET_BUFFER_LIST_INFO.
+
+#include "net.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+	PPI_HEADER = 12, // bytes, type, offset of the value
+	MAX_PPIS = 256,
+	// So much of an RNDIS packet is copied at once: its header, and most often what there is of per-packet information.
+	FIRST_COPY = NET_RNDIS_HEADER + 4 * NET_PPI,
+
+	CHECKSUM_TCP = 4,
+	CHECKSUM_UDP = 8,
+	CHECKSUM_IP_HEADER = 0x10,
+	CHECKSUM_ANY = CHECKSUM_TCP | CHECKSUM_UDP | CHECKSUM_IP_HEADER,
+
+	LSO_MSS = 0xfffff,
+	LSO_V2 = 1 << 30,
+	LSO_IPV6 = (int)(1U << 31),
+
+	TCP_CHECKSUM = 16,
+	UDP_CHECKSUM = 6,
+};
+
+static uint32_t le32(const uint8_t *from)
+{
+	uint32_t value;
+	memcpy(&value, from, sizeof(value));
+	return value;
+}
+
+static uint64_t le64(const uint8_t *from)
+{
+	uint64_t value;
+	memcpy(&value, from, sizeof(value));
+	return value;
+}
+
+// Guest memory -------------------------------------------------------------------------------------
+
+// Adds what the ranges of a GPA-direct packet name (Linux hyperv.h, struct gpa_range).
+static bool add_ranges(NetQueueObject *queue)
+{
+	const uint8_t *extra = queue->packet;
+	uint32_t size = queue->head.header - RING_DESCRIPTOR_SIZE, at = 8;
+	if (size < at)
+		return false;
+	for (uint32_t ranges = le32(extra + 4); ranges; ranges--) {
+		if (size - at < 8)
+			return false;
+		uint32_t length = le32(extra + at), start = le32(extra + at + 4);
+		at += 8;
+		if (length > NET_MAX_PIECES * HOT_PAGE_SIZE || start >= HOT_PAGE_SIZE)
+			return false;
+		uint32_t pages = (start + length + HOT_PAGE_SIZE - 1) / HOT_PAGE_SIZE;
+		if (8 * pages > size - at)
+			return false;
+		for (; length; at += 8) {
+			uint64_t number = le64(extra + at);
+			uint32_t step = length < HOT_PAGE_SIZE - start ? length : HOT_PAGE_SIZE - start;
+			uint8_t *host = number > UINT64_MAX / HOT_PAGE_SIZE
+						? NULL
+						: hot_memory_ptr(queue->device->memory, number * HOT_PAGE_SIZE + start, step, false);
+			if (!host || queue->pieces_count == NET_MAX_PIECES)
+				return false;
+			queue->pieces_count = net_piece_add(queue->pieces, queue->pieces_count, host, step);
+			length -= step;
+			start = 0;
+		}
+	}
+	return true;
+}
+
+static size_t gather(const NetQueueObject *queue, size_t offset, void *to, size_t size)
+{
+	if (offset + size <= queue->pieces[0].iov_len) {
+		memcpy(to, (const uint8_t *)queue->pieces[0].iov_base + offset, size);
+		return size;
+	}
+	return net_gather(queue->pieces, queue->pieces_count, offset, to, size);
+}
+
+// Appends the pieces of `size` bytes from `offset`, which are there; returns how many there are then.
+static unsigned slice(const NetQueueObject *queue, size_t offset, size_t size, struct iovec *to, unsigned count)
+{
+	for (unsigned i = 0; size; i++) {
+		const struct iovec *piece = &queue->pieces[i];
+		if (offset >= piece->iov_len) {
+			offset -= piece->iov_len;
+			continue;
+		}
+		size_t length = piece->iov_len - offset < size ? piece->iov_len - offset : size;
+		to[count++] = (struct iovec){(uint8_t *)piece->iov_base + offset, length};
+		size -= length;
+		offset = 0;
+	}
+	return count;
+}
+
+// RNDIS packets ------------------------------------------------------------------------------------
+
+struct request {
+	uint32_t data, size; // where the frame is in the packet's data, and its bytes
+	uint32_t checksum, lso, vlan;
+};
+
+// Reads per-packet information. What the guest says here of where headers are is not used: they are looked for.
+static bool parse_ppis(const uint8_t *ppis, uint32_t size, struct request *request)
+{
+	for (uint32_t at = 0; at < size;) {
+		if (size - at < PPI_HEADER)
+			return false;
+		uint32_t length = le32(ppis + at), type = le32(ppis + at + 4), offset = le32(ppis + at + 8);
+		if (length < PPI_HEADER || length > size - at)
+			return false;
+		bool known = type == PPI_CHECKSUM || type == PPI_LSO || type == PPI_VLAN;
+		if (known && (offset < PPI_HEADER || offset > length - 4 || length < 4))
+			return false;
+		if (type == PPI_CHECKSUM)
+			request->checksum = le32(ppis + at + offset);
+		else if (type == PPI_LSO)
+			request->lso = le32(ppis + at + offset);
+		else if (type == PPI_VLAN)
+			request->vlan = le32(ppis + at + offset) & 0xffff;
+		at += length;
+	}
+	return true;
+}
+
+// Reads the RNDIS packet at `at`, of which `left` bytes are there; returns its length, or 0 if it makes no sense.
+static uint32_t parse_rndis(const NetQueueObject *queue, size_t at, size_t left, struct request *request)
+{
+	uint8_t first[FIRST_COPY], all_ppis[MAX_PPIS];
+	size_t have = gather(queue, at, first, left < FIRST_COPY ? left : FIRST_COPY);
+	if (have < NET_RNDIS_HEADER)
+		return 0;
+	// Offsets count from behind type and length.
+	uint32_t length = le32(first + 4), data = le32(first + 8), size = le32(first + 12);
+	uint32_t ppis = le32(first + 28), ppis_size = le32(first + 32);
+	if (le32(first) != RNDIS_PACKET || length < NET_RNDIS_HEADER || length > left)
+		return 0;
+	uint32_t body = length - 8;
+	if (data > body || size > body - data)
+		return 0;
+	*request = (struct request){.data = (uint32_t)at + 8 + data, .size = size};
+	if (!ppis_size)
+		return length;
+	if (ppis > body || ppis_size > body - ppis || ppis_size > MAX_PPIS)
+		return 0;
+	const uint8_t *found = first + 8 + ppis;
+	if (8 + ppis + ppis_size > have) {
+		gather(queue, at + 8 + ppis, all_ppis, ppis_size);
+		found = all_ppis;
+	}
+	return parse_ppis(found, ppis_size, request) ? length : 0;
+}
+
+// Frames -------------------------------------------------------------------------------------------
+
+struct outgoing {
+	struct net_vnet vnet;
+	uint8_t head[NET_TAG + NET_MAX_HEADERS]; // the frame's first bytes, with room for a tag before them
+	uint32_t head_size;
+};
+
+// Bytes of the tags that stand in a frame already.
+static uint32_t tags_size(const NetQueueObject *queue, const struct request *request)
+{
+	uint8_t types[NET_TAG + 2] = {0};
+	gather(queue, request->data + 12, types, request->size < 18 ? request->size - 12 : sizeof(types));
+	uint32_t size = 0;
+	for (; size <= NET_TAG; size += NET_TAG) {
+		uint16_t type = net_get16(types + size);
+		if (type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
+			break;
+	}
+	return size;
+}
+
+// Sets the IPv4 or IPv6 length from the frame's, or the frame's from that, and says how much there is of TCP or UDP.
+static bool fit_length(struct net_frame *frame, const uint8_t *head, uint32_t *transport_size)
+{
+	const uint8_t *ip = head + frame->network;
+	uint32_t size = frame->version == 4 ? net_get16(ip + 2) : net_get16(ip + 4) + 40U;
+	if (size > frame->size - frame->network || frame->network + size < frame->payload)
+		return false;
+	frame->size = frame->network + size; // what is behind it is padding
+	*transport_size = frame->size - frame->transport;
+	return true;
+}
+
+// Has the network cut a frame into segments: its headers become those of one large packet, where the guest leaves the
+// length out of the IP header and of the pseudo header's sum.
+static bool ask_for_segments(struct outgoing *out, struct net_frame *frame, uint8_t *head, uint32_t lso, uint32_t limit)
+{
+	uint32_t mss = lso & LSO_MSS, headers = frame->payload;
+	if (!(lso & LSO_V2) || frame->protocol != PROTOCOL_TCP || frame->version != (lso & LSO_IPV6 ? 6 : 4) ||
+	    mss < NET_MIN_SEGMENT || headers + mss > limit || frame->size - frame->network > 65535)
+		return false;
+	net_set_length(frame, head);
+	if (frame->size - headers <= mss)
+		return true;
+	out->vnet.gso_type = frame->version == 4 ? VNET_GSO_TCPV4 : VNET_GSO_TCPV6;
+	if (head[frame->transport + TCP_FLAGS] & TCP_CWR)
+		out->vnet.gso_type |= VNET_GSO_ECN;
+	out->vnet.gso_size = (uint16_t)mss;
+	out->vnet.header_size = (uint16_t)headers;
+	return true;
+}
+
+// Does what the guest asked for with the headers. Returns whether that makes sense.
+static bool prepare_offloads(NetQueueObject *queue, struct request *request, struct outgoing *out, uint32_t limit)
+{
+	struct net_frame frame;
+	uint8_t *head = out->head + NET_TAG;
+	uint32_t have = request->size < NET_MAX_HEADERS ? request->size : NET_MAX_HEADERS;
+	gather(queue, request->data, head, have);
+	if (!net_frame_parse(&frame, head, have, request->size) || frame.obscured || !frame.version)
+		return false;
+	if (request->checksum & CHECKSUM_IP_HEADER && frame.version == 4 && !request->lso)
+		net_set_ipv4_checksum(&frame, head);
+	out->head_size = frame.network + (frame.version == 4 ? (head[frame.network] & 15) * 4U : 40);
+	if (!request->lso && !(request->checksum & (CHECKSUM_TCP | CHECKSUM_UDP)))
+		return true;
+	uint8_t wanted = request->lso || request->checksum & CHECKSUM_TCP ? PROTOCOL_TCP : PROTOCOL_UDP;
+	uint32_t transport_size = frame.size - frame.transport;
+	if (frame.protocol != wanted || !frame.payload || frame.fragment)
+		return false;
+	if (request->lso ? !ask_for_segments(out, &frame, head, request->lso, limit)
+			 : !fit_length(&frame, head, &transport_size))
+		return false;
+	out->head_size = frame.payload;
+	request->size = frame.size;
+	out->vnet.flags = VNET_NEEDS_CSUM;
+	out->vnet.csum_start = frame.transport;
+	out->vnet.csum_offset = wanted == PROTOCOL_TCP ? TCP_CHECKSUM : UDP_CHECKSUM;
+	uint16_t sum = net_fold(net_pseudo_sum(&frame, head, transport_size));
+	memcpy(head + frame.transport + out->vnet.csum_offset, &sum, sizeof(sum));
+	return true;
+}
+
+enum written { WRITTEN, WRITTEN_NOT, WRITTEN_INVALID };
+
+static enum written write_frame(NetQueueObject *queue, struct request *request)
+{
+	NetDeviceObject *device = queue->device;
+	struct outgoing out;
+	struct iovec parts[NET_MAX_PIECES + 2];
+	unsigned count = 2;
+	if (request->size < NET_ETHERNET)
+		return WRITTEN_INVALID;
+	uint32_t limit = device->frame_size;
+	if (request->size > limit)
+		limit += tags_size(queue, request);
+	if (request->size > (request->lso ? NET_MAX_FRAME : limit))
+		return WRITTEN_INVALID;
+	out.vnet = (struct net_vnet){0};
+	out.head_size = 0;
+	if ((request->lso || request->checksum & CHECKSUM_ANY) && !prepare_offloads(queue, request, &out, limit))
+		return WRITTEN_INVALID;
+	uint8_t *head = out.head + NET_TAG;
+	if (request->vlan) {
+		if (!out.head_size) {
+			out.head_size = 12;
+			gather(queue, request->data, head, 12);
+		}
+		memmove(out.head, head, 12);
+		head = out.head;
+		net_put16(head + 12, ETHERTYPE_VLAN);
+		// Priority, one bit, and id, from the lowest bit on.
+		net_put16(head + 14, (request->vlan & 7) << 13 | (request->vlan & 8) << 9 | request->vlan >> 4);
+		if (out.vnet.flags)
+			out.vnet.csum_start += NET_TAG;
+		if (out.vnet.gso_type)
+			out.vnet.header_size += NET_TAG;
+	}
+	if (device->fd < 0 || device->lost || !device->link) {
+		net_count(device, NET_SENT_UNPLUGGED, 1);
+		return WRITTEN;
+	}
+	parts[0] = (struct iovec){&out.vnet, VNET_SIZE};
+	parts[1] = (struct iovec){head, out.head_size + (request->vlan ? NET_TAG : 0)};
+	count = slice(queue, request->data + out.head_size, request->size - out.head_size, parts, count);
+	ssize_t size = VNET_SIZE + request->size + (request->vlan ? NET_TAG : 0), done;
+	do
+		done = writev(device->fd, parts, (int)count);
+	while (done < 0 && errno == EINTR);
+	if (done < 0 && errno == EAGAIN)
+		return WRITTEN_NOT;
+	if (done == size) {
+		net_count(device, NET_SENT_FRAMES, 1);
+		net_count(device, NET_SENT_BYTES, (uint64_t)size - VNET_SIZE);
+	} else {
+		net_count(device, NET_SENT_ERRORS, 1);
+	}
+	return WRITTEN;
+}
+
+enum net_sent net_send(NetQueueObject *queue, uint32_t section, uint32_t section_size, uint32_t *status,
+		       const char **broken)
+{
+	const struct net_buffer *buffer = &queue->device->send;
+	queue->pieces_count = 0;
+	if (section != (uint32_t)NVSP_NO_SECTION) {
+		if (section >= buffer->sections || section_size > buffer->section_size) {
+			*broken = "an RNDIS packet in a section of the send buffer that is not there";
+			return NET_SENT_BROKEN;
+		}
+		queue->pieces_count = net_buffer_pieces(buffer, section * buffer->section_size, section_size, queue->pieces, 0);
+	}
+	if (queue->head.header > RING_DESCRIPTOR_SIZE && !add_ranges(queue)) {
+		*broken = "an RNDIS packet in memory that is not there";
+		return NET_SENT_BROKEN;
+	}
+	size_t left = 0;
+	for (unsigned i = 0; i < queue->pieces_count; i++)
+		left += queue->pieces[i].iov_len;
+	*status = !left ? NVSP_INVALID_RNDIS : queue->resume_at ? queue->resume_status : NVSP_SUCCESS;
+	for (size_t at = 0; left;) {
+		struct request request;
+		uint32_t length = parse_rndis(queue, at, left, &request);
+		enum written written = WRITTEN_INVALID;
+		if (length && at >= queue->resume_at)
+			written = write_frame(queue, &request);
+		else if (length)
+			written = WRITTEN;
+		if (written == WRITTEN_NOT) {
+			queue->resume_at = (uint32_t)at;
+			queue->resume_status = *status;
+			return NET_SENT_PARTLY;
+		}
+		if (written == WRITTEN_INVALID) {
+			net_count(queue->device, NET_SENT_INVALID, 1);
+			*status = NVSP_INVALID_RNDIS;
+		}
+		if (!length)
+			break;
+		at += length;
+		left -= length;
+	}
+	queue->resume_at = 0;
+	return NET_SENT;
+}
