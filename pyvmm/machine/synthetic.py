@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-    from devices.synthetic.netvsp.vsp import NetVsp
-
     from devices.storage.backend import Disk
+    from devices.synthetic.netvsp.vsp import NetVsp
     from enlightenments.partition import Partition
     from pyvmm.core.clock import Clock
     from pyvmm.core.memory import GuestMemory
