@@ -299,8 +299,14 @@ def _exchange(
     """
     connection.settimeout(timeout)
     try:
-        connection.send(msgspec.json.encode(request), socket.MSG_NOSIGNAL)
-        reply, fd = protocol.receive(connection)
+        try:
+            connection.send(msgspec.json.encode(request), socket.MSG_NOSIGNAL)
+        except ConnectionError:
+            pass  # it may have said why
+        try:
+            reply, fd = protocol.receive(connection)
+        except ConnectionResetError:
+            reply, fd = protocol.receive(connection)  # that comes first if our request was not read
     except TimeoutError as error:
         raise SwitchError(f"switch {switch}: its service did not answer within {timeout:g} s") from error
     except OSError as error:

@@ -380,7 +380,9 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
         try:
             if os.path.lexists(path):
                 os.unlink(path)  # its service was killed, since the lock is ours
+            os.umask(0o177)
             listener.bind(path)
+            os.umask(0o077)
             listener.listen(128)
         except OSError as error:
             raise SwitchError(f"switch {name}: {path}: {error.strerror or error}", "host") from error
