@@ -379,13 +379,32 @@ class Switch:
     def __init__(self, mtu: int = 1500, /, *, manual_time: bool = False) -> None:
         """`mtu` is the most payload of a frame. With `manual_time` it is the time that `set_time` says."""
 
-    def add_port(self, number: int, kind: str, fd: int, /) -> None:
+    def add_port(
+        self,
+        number: int,
+        kind: str,
+        fd: int,
+        /,
+        *,
+        vlan: int = 0,
+        tagged: Sequence[int] = (),
+        mac: bytes | None = None,
+        mac_spoofing: bool = True,
+        dhcp_guard: bool = False,
+        router_guard: bool = False,
+        bandwidth: int = 0,
+        link: bool = True,
+    ) -> None:
         """Add a port over `fd`, made non-blocking; the switch closes it when the port goes, and when this fails.
 
         ``socket``: sequenced packets of virtio_net_hdr and frame. ``tap``: the same by read and write. ``packet``: the
         same on an AF_PACKET socket with PACKET_VNET_HDR and PACKET_AUXDATA. ``stream``: 4 bytes of length, big-endian,
-        and a frame without header. Sockets and streams get complete frames only, until `set_offloads`. At first all
-        frames may pass that have no tag. Raises ValueError if the number is taken or there are 1024 ports.
+        and a frame without header, and never a limit of what it sends. Sockets get complete frames only, until
+        `set_offloads`, and streams always. Raises ValueError if the number is taken or there are 1024 ports.
+
+        `vlan` is of frames without a tag, 0 for the one without a number; `tagged` are those that have one on the link.
+        `mac` is an address that is known to be there; it is the only one that the port's frames may have as source,
+        unless `mac_spoofing`. `bandwidth` in bits/s, each way, 0 for no limit.
         """
 
     def set_port(
@@ -402,12 +421,7 @@ class Switch:
         bandwidth: int = 0,
         link: bool = True,
     ) -> None:
-        """Set the port, whole. What waits for it and would not pass any more is dropped.
-
-        `vlan` is of frames without a tag, 0 for the one without a number; `tagged` are those that have one on the link.
-        `mac` is an address that is known to be there; it is the only one that the port's frames may have as source,
-        unless `mac_spoofing`. `bandwidth` in bits/s, each way, 0 for no limit.
-        """
+        """Set the port as `add_port` does, whole. What waits for it and would not pass any more is dropped."""
 
     def set_offloads(self, number: int, offloads: int, /) -> None:
         """What the port takes, OFFLOAD_* of `devices.network.port`."""

@@ -86,6 +86,10 @@ bool hot_net_add_constants(PyObject *module);
 
 PyObject *hot_crc32c(PyObject *module, PyObject *args);
 
+// Networks ----------------------------------------------------------------------------------------
+
+extern PyTypeObject Switch_Type;
+
 // Hypercall statuses of the TLFS that C code returns ------------------------------------------------
 
 enum {

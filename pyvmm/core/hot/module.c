@@ -25,7 +25,7 @@ PyMODINIT_FUNC PyInit__hot(void)
 	PyTypeObject *types[] = {
 		&Memory_Type, &ReferenceTime_Type, &Doorbells_Type,  &Ring_Type,
 		&SynIC_Type,  &Vp_Type,            &BlockTable_Type, &FastDisk_Type, &StorageQueue_Type,
-		&NetDevice_Type, &NetQueue_Type,
+		&NetDevice_Type, &NetQueue_Type, &Switch_Type,
 	};
 	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
 		if (PyModule_AddType(module, types[i]) < 0)
