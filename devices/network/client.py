@@ -29,7 +29,6 @@ START_S = 60
 REPLY_S = 15
 #: Tries to get a port from a service that ends meanwhile.
 _TRIES = 3
-_MAX_LOG = 1 << 20
 
 
 class _Call:
@@ -266,10 +265,7 @@ def start(switch: str) -> None:
 def _open_log(switch: str) -> int:
     path = places.running(switch, "log")
     places.make_folder(path)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    if os.fstat(log).st_size > _MAX_LOG:
-        os.truncate(log, 0)
-    return log
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
 def _connect(switch: str) -> socket.socket | None:

@@ -81,7 +81,9 @@ def plane_for(definition: SwitchDefinition, host: dict[str, Offer] | None = None
 def make(definition: SwitchDefinition, name: str) -> DataPlane:
     """The data plane `name`, not opened yet."""
     if name == "kernel":
-        raise SwitchError(f"switch {definition.name}: the kernel's data plane is not there yet", "host")
+        from devices.network.kernel.plane import KernelPlane
+
+        return KernelPlane(definition)
     from devices.network.process_plane import ProcessPlane
 
     return ProcessPlane(definition)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Connections without a port, such as those of commands; one more, and the one that was quiet longest is closed.
 MAX_VISITORS = 64
+#: Bytes, after which the log begins anew.
+MAX_LOG = 1 << 20
 _HEARD_AT_ONCE = 64
 _PAUSE_S = 0.1
 
@@ -85,6 +87,8 @@ class Service:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
         self._stopper: _Client | None = None  # waits for the end
+        #: Called now and then: each time that somebody connects.
+        self.on_visit: Callable[[], None] = lambda: None
         self._clients: dict[_Client, None] = {}  # the one that was quiet longest first
         self._resting: dict[socket.socket, tuple[float, Callable[[], None]]] = {}
         self._selector = selectors.DefaultSelector()
@@ -92,6 +96,8 @@ class Service:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         if heard is not None:
             self._selector.register(heard, selectors.EVENT_READ, self._hear)
+        if switch.nat is not None:
+            self._selector.register(switch.nat, selectors.EVENT_READ, self._check_nat)
 
     def stop(self) -> None:
         """Have `serve` return; any thread or signal handler, harmless after `close`."""
@@ -152,6 +158,15 @@ class Service:
             self._switch.addresses.hear(frame)
         self._rest(self._heard, self._hear)
 
+    def _check_nat(self) -> None:
+        assert self._switch.nat is not None
+        try:
+            told = self._switch.nat.check()
+        except PlaneError as error:
+            told = str(error)
+        if told:
+            _log(told)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
@@ -172,6 +187,7 @@ class Service:
             self._drop(visitors[0])
         self._clients[client] = None
         self._selector.register(connection, selectors.EVENT_READ, client)
+        self.on_visit()
 
     def _attend(self, client: _Client, mask: int) -> None:
         self._clients[client] = self._clients.pop(client)  # the last to be quiet longest
@@ -313,7 +329,7 @@ class Service:
             try:
                 self._switch.unplug(client.port)
             except PlaneError as error:
-                print(f"{self._name}: {error}", file=sys.stderr)
+                _log(str(error))
 
 
 def _refusal(error: str, kind: str = "refused") -> dict[str, Any]:
@@ -343,11 +359,11 @@ def main(name: str, ready: int) -> None:
         _run(name, tell)
     except SwitchError as error:
         tell(_refusal(str(error), error.kind))
-        _log(name, str(error))
+        _log(str(error))
         sys.exit(1)
     except PlaneError as error:
         tell(_refusal(f"switch {name}: {error}", "host"))
-        _log(name, str(error))
+        _log(str(error))
         sys.exit(1)
 
 
@@ -374,7 +390,14 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
         plane.open()
         if plane.host_interface is not None:
             planes.set_addresses(plane.host_interface, definition.addresses)
-        heard = _listen(name, plane.host_interface or definition.interface)
+        nat = None
+        if definition.type == "nat" and plane.host_interface is not None:
+            from devices.network.nat import Nat
+
+            nat = Nat(definition, plane.host_interface)
+            made.callback(nat.stop)
+            nat.start()
+        heard = _listen(plane.host_interface or definition.interface)
         path = places.running(name, "sock")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
@@ -386,17 +409,18 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
             listener.listen(128)
         except OSError as error:
             raise SwitchError(f"switch {name}: {path}: {error.strerror or error}", "host") from error
-        service = Service(Switch(definition, plane, reason), listener, heard)
+        service = Service(Switch(definition, plane, reason, nat), listener, heard)
+        service.on_visit = _trim_log
         made.callback(os.unlink, path)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: service.stop())
-        _log(name, f"started on the {chosen} plane: {reason}")
+        _log(f"started on the {chosen} plane: {reason}")
         tell({"ok": True})
         try:
             service.serve()
         finally:
             service.close(made.close)
-    _log(name, "ended")
+    _log("ended")
 
 
 def _take_lock(name: str, made: contextlib.ExitStack) -> bool:
@@ -417,18 +441,23 @@ def _take_lock(name: str, made: contextlib.ExitStack) -> bool:
         time.sleep(_PAUSE_S)
 
 
-def _listen(name: str, interface: str | None) -> socket.socket | None:
+def _listen(interface: str | None) -> socket.socket | None:
     if interface is None:
         return None
     try:
         return addresses.listen(interface)
     except OSError as error:
-        _log(name, f"no addresses of VMs are learned: {interface}: {error.strerror}")
+        _log(f"no addresses of VMs are learned: {interface}: {error.strerror}")
         return None
 
 
-def _log(name: str, text: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), f"switch {name}:", text, file=sys.stderr, flush=True)
+def _trim_log() -> None:
+    if os.fstat(2).st_size > MAX_LOG:
+        os.truncate(2, 0)
+
+
+def _log(text: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from devices.network.settings import PortSettings, check
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from devices.network.definition import SwitchDefinition
+    from devices.network.nat import Nat
     from devices.network.plane import DataPlane, Learned
 
 MAX_PORTS = 256
@@ -35,9 +37,10 @@ class _Port:
 class Switch:
     """The ports of one switch, known by their numbers. What raises SwitchError or PlaneError has changed nothing."""
 
-    def __init__(self, definition: SwitchDefinition, plane: DataPlane, reason: str) -> None:
+    def __init__(self, definition: SwitchDefinition, plane: DataPlane, reason: str, nat: Nat | None = None) -> None:
         self.definition = definition
         self.plane = plane
+        self.nat = nat
         #: Why it is this plane.
         self.reason = reason
         self.addresses = AddressBook()
@@ -65,6 +68,13 @@ class Switch:
         if number is None:
             raise SwitchError(f"switch {self.definition.name}: all {MAX_PORTS} ports are taken")
         fd = self.plane.add_port(number, settings)
+        try:
+            if self.nat is not None:
+                self.nat.plug(settings.vm, settings.mac)
+        except BaseException:
+            os.close(fd)
+            self.plane.remove_port(number)
+            raise
         self._ports[number] = _Port(number, settings, pid)
         self.addresses.know(settings.mac)
         return number, fd
@@ -73,7 +83,11 @@ class Switch:
         """Forget the port."""
         port = self._ports.pop(number)
         self.addresses.forget(port.settings.mac)
-        self.plane.remove_port(number)
+        try:
+            if self.nat is not None:
+                self.nat.unplug(port.settings.mac)
+        finally:
+            self.plane.remove_port(number)
 
     def settings(self, number: int) -> PortSettings:
         """As they are."""
@@ -113,6 +127,7 @@ class Switch:
 
     def show(self) -> dict[str, Any]:
         """What it is and all its ports, as plain data."""
+        self._look_at_leases()
         by_port: dict[int | None, list[Learned]] = {}
         for learned in self.plane.learned():
             by_port.setdefault(learned.port, []).append(learned)
@@ -126,7 +141,12 @@ class Switch:
 
     def show_port(self, number: int) -> dict[str, Any]:
         """One port."""
+        self._look_at_leases()
         return self._show(self._ports[number], [each for each in self.plane.learned() if each.port == number])
+
+    def _look_at_leases(self) -> None:
+        if self.nat is not None:
+            self.addresses.set_leases(self.nat.leases())
 
     def _show(self, port: _Port, learned: list[Learned]) -> dict[str, Any]:
         return {

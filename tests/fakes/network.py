@@ -1,10 +1,12 @@
-"""A data plane that carries nothing, for tests of what stands around it."""
+"""A data plane that carries nothing and a NAT that translates nothing, for tests of what stands around them."""
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING
 
+from devices.network.nat import Nat
 from devices.network.plane import DataPlane, PlaneError
 from devices.network.settings import PortSettings, PortStatistics
 
@@ -73,3 +75,41 @@ class FakePlane(DataPlane):
     def _check(self) -> None:
         if self.refusal is not None:
             raise PlaneError(self.refusal)
+
+
+class FakeNat(Nat):
+    """Keeps what it is told. `refusal`, once set, is what `plug` raises."""
+
+    def __init__(self, definition: SwitchDefinition, interface: str) -> None:
+        super().__init__(definition, interface)
+        self.nics: dict[str, str] = {}
+        self.leased: list[tuple[str, str]] = []
+        self.refusal: str | None = None
+        #: Makes the service call `check`, whose answers come from `troubles`.
+        self.alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.troubles: list[str | None] = []
+
+    def stop(self) -> None:
+        os.close(self.alarm)
+
+    def fileno(self) -> int:
+        return self.alarm
+
+    def check(self) -> str | None:
+        os.eventfd_read(self.alarm)
+        told = self.troubles.pop(0)
+        if told == "broken":
+            raise PlaneError("dnsmasq cannot be started again")
+        return told
+
+    def plug(self, vm: str, mac: str) -> str | None:
+        if self.refusal is not None:
+            raise PlaneError(self.refusal)
+        self.nics[mac] = vm
+        return "192.168.77.2"
+
+    def unplug(self, mac: str) -> None:
+        del self.nics[mac]
+
+    def leases(self) -> Sequence[tuple[str, str]]:
+        return self.leased

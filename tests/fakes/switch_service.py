@@ -13,7 +13,7 @@ from devices.network import definition, places, protocol
 from devices.network.service import Service
 from devices.network.settings import PortSettings
 from devices.network.switch import Switch
-from tests.fakes.network import FakePlane
+from tests.fakes.network import FakeNat, FakePlane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ def use_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(name: str = "lan", heard: socket.socket | None = None) -> Iterator[FakePlane]:
+def serving(name: str = "lan", heard: socket.socket | None = None, nat: FakeNat | None = None) -> Iterator[FakePlane]:
     """The service of a private switch, which is defined by this."""
     made = definition.SwitchDefinition(name=name)
     definition.store(made)
@@ -40,7 +40,7 @@ def serving(name: str = "lan", heard: socket.socket | None = None) -> Iterator[F
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     listener.bind(path)
     listener.listen(8)
-    service = Service(Switch(made, plane, "a test"), listener, heard)
+    service = Service(Switch(made, plane, "a test", nat), listener, heard)
 
     def serve() -> None:
         service.serve()

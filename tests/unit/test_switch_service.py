@@ -15,17 +15,18 @@ import msgspec
 import pytest
 
 from devices.network import client, protocol, service
+from devices.network.definition import SwitchDefinition
 from devices.network.errors import SwitchError
 from devices.network.plane import Learned
 from devices.network.settings import VlanMode
 from devices.network.switch import MAX_PORTS, MAX_SHOWN
+from tests.fakes.network import FakeNat, FakePlane
 from tests.fakes.switch_service import connect, nic, say, serving, use_folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.fakes.network import FakePlane
 
 SHOW = protocol.Show()
 
@@ -206,6 +207,7 @@ def test_a_port_is_mirrored_to_a_file(plane: FakePlane, tmp_path: Path) -> None:
 _VM = """
 import sys, signal
 from devices.network import client
+from tests.fakes.network import FakeNat, FakePlane
 from tests.fakes.switch_service import nic
 port = client.plug("lan", nic("victim"))
 print("plugged", flush=True)
@@ -442,3 +444,44 @@ def test_addresses_that_a_nic_claims_are_shown(plane: FakePlane) -> None:
                 break
         assert shown == ["10.0.0.7"]
         port.close()
+
+
+@pytest.fixture
+def nat(plane: FakePlane) -> Iterator[FakeNat]:
+    """That of the switch ``net``."""
+    nat = FakeNat(SwitchDefinition(name="net"), "pv-net")
+    with serving("net", nat=nat):
+        yield nat
+    nat.stop()
+
+
+def test_nat_knows_the_nics_and_its_leases_are_shown(nat: FakeNat) -> None:
+    port = client.plug("net", nic())
+    assert nat.nics == {nic().mac: "web01"}
+    nat.leased = [(nic().mac, "192.168.77.2")]
+    assert client.ask("net", protocol.Show("web01"))["addresses"] == ["192.168.77.2"]
+    assert client.ask("net", SHOW)["ports"][0]["addresses"] == ["192.168.77.2"]
+    port.close()
+    until(lambda: nat.nics == {})
+
+
+def test_a_nic_that_nat_refuses_gets_no_port(nat: FakeNat) -> None:
+    nat.refusal = "no nftables"
+    with pytest.raises(SwitchError, match="switch net: no nftables"):
+        client.plug("net", nic())
+    assert client.ask("net", SHOW)["ports"] == []
+    nat.refusal = None
+    client.plug("net", nic()).close()
+
+
+def test_what_befalls_nat_is_logged_and_ends_nothing(nat: FakeNat, capfd: pytest.CaptureFixture[str]) -> None:
+    for trouble in (None, "dnsmasq was started again", "broken"):
+        nat.troubles.append(trouble)
+        os.eventfd_write(nat.alarm, 1)
+        until(lambda: not nat.troubles)
+    assert client.ask("net", SHOW)["ports"] == []
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "dnsmasq was started again",
+        "dnsmasq cannot be started again",
+    ]
