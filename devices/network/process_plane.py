@@ -212,4 +212,4 @@ def _open_uplink(name: str) -> tuple[int, bytes]:
     except PermissionError as error:
         raise PlaneError(f"uplink {name}: CAP_NET_RAW is needed; run as root") from error
     except OSError as error:
-        raise PlaneError(f"uplink {name}: {error.strerror}") from error
+        raise PlaneError(f"uplink {name}: {error.strerror or error}") from error

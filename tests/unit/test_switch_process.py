@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -226,9 +227,9 @@ def test_a_path_too_long_for_a_socket_is_one_line(
 
 @pytest.mark.skipif(not ROOT, reason="only root can become another user")
 def test_a_user_without_privileges_has_private_switches_and_no_others(tmp_path: Path) -> None:
-    for folder in ("state", "run"):
-        (tmp_path / folder).mkdir(mode=0o700)
-        os.chown(tmp_path / folder, 65534, 65534)
+    for name in ("state", "run"):
+        (tmp_path / name).mkdir(mode=0o700)
+        os.chown(tmp_path / name, 65534, 65534)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
 
@@ -318,6 +319,38 @@ def test_what_a_killed_service_left_of_the_hosts_is_replaced_and_deleted(host: N
     host.run(lambda: admin.delete("lan"))
     assert "pv-lan" not in host.command("ip", "link")
     assert definition.names() == [] and os.listdir(os.path.dirname(places.running("lan", "sock"))) == []
+
+
+def test_vms_are_on_the_network_that_an_external_switch_is_joined_to(host: NetworkNamespace) -> None:
+    host.command("ip", "link", "add", "eth7", "up", "type", "veth", "peer", "name", "far")
+    host.command("ip", "link", "set", "far", "up")
+    made = SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="eth7", plane=PlaneChoice.PROCESS)
+    host.run(lambda: admin.create(made))
+    port = client.plug("lan", nic())
+
+    def listen() -> socket.socket:
+        far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        far.bind(("far", 0x0806))
+        return far
+
+    with host.run(listen) as far:
+        os.write(port.fd, arp(nic().mac, bytes([10, 0, 0, 7]), bytes([10, 0, 0, 1])))
+        assert select.select([far], [], [], WAIT_S)[0]
+        assert far.recv(2000)[6:12].hex(":") == nic().mac
+        far.send(frame(nic().mac, "02:00:00:00:00:01", b"welcome")[VNET_HEADER_SIZE:])
+        assert read_until(port, lambda got: got[12:14] == b"\x88\xb5")[14:21] == b"welcome"
+    shown = admin.describe("lan")
+    assert shown["learned_outside"] >= 1 and shown["ports"][0]["addresses"] == ["10.0.0.7"]
+    port.close()
+    admin.delete("lan")
+    host.command("ip", "link", "del", "eth7")
+
+
+def test_an_uplink_that_is_not_there_leaves_no_switch(host: NetworkNamespace) -> None:
+    made = SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="eth7", plane=PlaneChoice.PROCESS)
+    with pytest.raises(SwitchError, match="switch lan: uplink eth7: no interface with this name") as refused:
+        host.run(lambda: admin.create(made))
+    assert refused.value.kind == "host" and definition.names() == []
 
 
 def test_an_address_that_the_host_refuses_leaves_no_switch(host: NetworkNamespace) -> None:
