@@ -166,7 +166,7 @@ class Rig:
 
     def sent(self) -> list[tuple[tuple[int, ...], bytes]]:
         """What came out of the port: header and frame."""
-        found = []
+        found: list[tuple[tuple[int, ...], bytes]] = []
         while True:
             try:
                 data = self.port.recv(1 << 17)

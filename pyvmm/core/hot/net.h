@@ -35,7 +35,6 @@ enum {
 	NET_READY = 128,	   // sections that queue 0 has at hand
 	NET_MIN_SECTION = 1280,	   // makes that enough for the largest frame
 	NET_MAX_SECTION = 1 << 16,
-	NET_SECTION_PAGES = NET_MAX_SECTION / HOT_PAGE_SIZE + 1,
 	NET_TAIL = 36, // bytes at a section's end that some guests have no use of (openvmm netvsp)
 
 	// Where a frame begins in its section: behind the RNDIS header and four 16-byte pieces of per-packet information.
@@ -149,7 +148,7 @@ typedef struct {
 	uint32_t room;		  // bytes of a frame that fit a section
 	uint32_t sections_needed; // for the largest frame
 	uint16_t next_id;
-	uint8_t overflow[NET_MAX_FRAME];
+	uint8_t incoming[NET_ROOM + NET_MAX_FRAME];
 
 	struct net_control *controls, **controls_end; // messages that wait, under sections_lock
 	unsigned controls_count;

@@ -32,6 +32,7 @@ enum {
 	ID_FIRST = 2 << 8,
 	ID_LAST = 4 << 8,
 	PPI_INTERNAL = (int)(1U << 31),
+	FRAGMENT_ROOM = NET_RNDIS_HEADER + NET_PPI,
 
 	// Frames that may have come in while nobody was to have them: more than a TAP queues.
 	DISCARD = 4096,
@@ -237,14 +238,14 @@ bool net_receive_controls(NetQueueObject *queue, struct net_outcome *outcome)
 
 // Frames -------------------------------------------------------------------------------------------
 
+// A frame read from the port, in the device's `incoming`: room for an RNDIS header, then the frame.
 struct incoming {
 	struct net_vnet vnet;
 	struct net_frame frame;
-	uint32_t size;	     // of the frame
-	uint32_t moved;	     // a tag taken out moves the addresses by so much
+	uint8_t *start, *head; // of the room, and of the frame
+	uint32_t size;	       // of the frame
+	uint32_t moved;	       // a tag taken out moves the addresses by so much
 	uint32_t ppis_size;
-	uint8_t *head;	     // the frame's first bytes
-	uint8_t start[NET_ROOM + NET_MAX_HEADERS]; // of the section
 };
 
 static bool wanted(const NetDeviceObject *device, const uint8_t *mac)
@@ -265,13 +266,17 @@ static bool wanted(const NetDeviceObject *device, const uint8_t *mac)
 	return false;
 }
 
-static void add_ppi(struct incoming *in, uint32_t type, uint32_t value)
+static void put_ppi(uint8_t *ppi, uint32_t type, uint32_t value)
 {
-	uint8_t *ppi = in->start + NET_RNDIS_HEADER + in->ppis_size;
 	put32(ppi, NET_PPI);
 	put32(ppi + 4, type);
 	put32(ppi + 8, NET_PPI - 4);
 	put32(ppi + 12, value);
+}
+
+static void add_ppi(struct incoming *in, uint32_t type, uint32_t value)
+{
+	put_ppi(in->start + NET_RNDIS_HEADER + in->ppis_size, type, value);
 	in->ppis_size += NET_PPI;
 }
 
@@ -283,8 +288,8 @@ static uint32_t offload_of(const struct net_frame *frame)
 	return frame->protocol == PROTOCOL_TCP ? RECEIVE_TCP6 : RECEIVE_UDP6;
 }
 
-// Deals with what the port says of checksums and segments. The parts are the frame. Returns false if the frame is bad.
-static bool settle_offloads(const NetDeviceObject *device, struct incoming *in, const struct iovec *parts, unsigned count)
+// Deals with what the port says of checksums and segments. Returns false if it is wrong.
+static bool settle_offloads(const NetDeviceObject *device, struct incoming *in)
 {
 	const struct net_frame *frame = &in->frame;
 	bool large = in->vnet.gso_type != VNET_GSO_NONE;
@@ -299,7 +304,7 @@ static bool settle_offloads(const NetDeviceObject *device, struct incoming *in, 
 		if (large && taken)
 			value |= CHECKSUM_TCP_UNSET;
 		else
-			net_complete_checksum(&in->vnet, parts, count);
+			net_complete_checksum(&in->vnet, &(struct iovec){in->head, in->size}, 1);
 	}
 	const uint8_t *ip = in->head + frame->network;
 	if (known && frame->version == 4 && device->offloads & RECEIVE_IP4 &&
@@ -335,19 +340,17 @@ static void put_rndis(uint8_t *start, uint32_t data, uint32_t size, uint32_t ppi
 static void put_rest(NetQueueObject *target, const uint8_t *rest, uint32_t size, uint32_t id)
 {
 	NetDeviceObject *device = target->device;
-	struct incoming in;
-	memset(in.start, 0, NET_ROOM);
+	uint8_t start[FRAGMENT_ROOM];
 	while (size) {
 		uint32_t length = size < device->room ? size : device->room;
 		uint32_t section = device->ready[--device->ready_count];
 		uint32_t offset = section * device->receive.section_size;
-		in.ppis_size = 0;
-		add_ppi(&in, (uint32_t)PPI_INTERNAL | PPI_PACKET_ID,
+		put_rndis(start, FRAGMENT_ROOM, length, NET_PPI);
+		put_ppi(start + NET_RNDIS_HEADER, (uint32_t)PPI_INTERNAL | PPI_PACKET_ID,
 			id | ID_VERSION | ID_SECTIONS | (length == size ? ID_LAST : 0));
-		put_rndis(in.start, NET_ROOM, length, in.ppis_size);
-		net_buffer_copy_in(&device->receive, offset, in.start, NET_ROOM);
-		net_buffer_copy_in(&device->receive, offset + NET_ROOM, rest, length);
-		add_range(target, section, NET_ROOM + length);
+		net_buffer_copy_in(&device->receive, offset, start, FRAGMENT_ROOM);
+		net_buffer_copy_in(&device->receive, offset + FRAGMENT_ROOM, rest, length);
+		add_range(target, section, FRAGMENT_ROOM + length);
 		rest += length;
 		size -= length;
 	}
@@ -364,19 +367,17 @@ static NetQueueObject *target_of(NetQueueObject *queue, struct incoming *in)
 	return target && target->running ? target : queue;
 }
 
-// Hands a frame that was read to the guest. `parts` are the frame: the copy of its head, what is in the section, and what
-// is in neither.
-static bool accept(NetQueueObject *queue, struct incoming *in, uint32_t section, const struct iovec *parts,
-		   unsigned count, struct net_outcome *outcome)
+// Hands a frame to the guest, or drops it.
+static void accept(NetQueueObject *queue, struct incoming *in, struct net_outcome *outcome)
 {
 	NetDeviceObject *device = queue->device;
 	if (in->size < NET_ETHERNET) {
 		net_count(device, NET_RECEIVED_RUNTS, 1);
-		return false;
+		return;
 	}
 	if (!wanted(device, in->head)) {
 		net_count(device, NET_RECEIVED_FILTERED, 1);
-		return false;
+		return;
 	}
 	if (in->size <= device->frame_size)
 		in->vnet.gso_type = VNET_GSO_NONE; // nothing to cut
@@ -386,7 +387,7 @@ static bool accept(NetQueueObject *queue, struct incoming *in, uint32_t section,
 		if (!net_frame_parse(&in->frame, in->head, in->size < NET_MAX_HEADERS ? in->size : NET_MAX_HEADERS,
 				     in->size)) {
 			net_count(device, NET_RECEIVED_OVERSIZED, 1);
-			return false;
+			return;
 		}
 	}
 	if (in->size > device->frame_size) {
@@ -394,21 +395,21 @@ static bool accept(NetQueueObject *queue, struct incoming *in, uint32_t section,
 		if (large ? !(device->offloads & coalesce)
 			  : in->size > device->frame_size + in->frame.tags * NET_TAG || in->size > device->room) {
 			net_count(device, NET_RECEIVED_OVERSIZED, 1);
-			return false;
+			return;
 		}
 	}
-	if ((in->vnet.flags || large) && !settle_offloads(device, in, parts, count)) {
+	if ((in->vnet.flags || large) && !settle_offloads(device, in)) {
 		net_count(device, NET_RECEIVED_ERRORS, 1);
-		return false;
+		return;
 	}
 	NetQueueObject *target = target_of(queue, in);
 	if (tagged && device->offloads & RECEIVE_VLAN)
 		take_tag(in);
 	uint32_t first = in->size < device->room ? in->size : device->room, rest = in->size - first;
 	unsigned more = (rest + device->room - 1) / device->room;
-	if (more > device->ready_count || more >= max_ranges(target)) {
+	if (more >= device->ready_count || more >= max_ranges(target)) {
 		net_count(device, NET_RECEIVED_NO_ROOM, 1);
-		return false;
+		return;
 	}
 	if (target->indication.count + more >= max_ranges(target))
 		indicate(target, false, outcome);
@@ -419,24 +420,23 @@ static bool accept(NetQueueObject *queue, struct incoming *in, uint32_t section,
 		net_count(device, NET_RECEIVED_COALESCED, 1);
 	}
 	put_rndis(in->start, NET_ROOM + in->moved, first - in->moved, in->ppis_size);
-	uint32_t copy = first < NET_MAX_HEADERS ? first : NET_MAX_HEADERS;
-	net_buffer_copy_in(&device->receive, section * device->receive.section_size, in->start, NET_ROOM + copy);
+	uint32_t section = device->ready[--device->ready_count];
+	net_buffer_copy_in(&device->receive, section * device->receive.section_size, in->start, NET_ROOM + first);
 	add_range(target, section, NET_ROOM + first);
 	if (rest)
-		put_rest(target, device->overflow, rest, id);
+		put_rest(target, in->head + first, rest, id);
 	target->indication.frames++;
 	net_count(device, NET_RECEIVED_FRAMES, 1);
 	net_count(device, NET_RECEIVED_BYTES, in->size - in->moved);
-	return true;
 }
 
-static ssize_t read_frame(int fd, const struct iovec *parts, unsigned count)
+static ssize_t read_frame(int fd, void *to, size_t size)
 {
-	ssize_t size;
+	ssize_t done;
 	do
-		size = readv(fd, parts, (int)count);
-	while (size < 0 && errno == EINTR);
-	return size;
+		done = read(fd, to, size);
+	while (done < 0 && errno == EINTR);
+	return done;
 }
 
 bool net_receiving(const NetDeviceObject *device)
@@ -447,8 +447,7 @@ bool net_receiving(const NetDeviceObject *device)
 void net_receive_discard(NetDeviceObject *device)
 {
 	uint8_t byte;
-	struct iovec part = {&byte, 1};
-	for (unsigned i = 0; i < DISCARD && read_frame(device->fd, &part, 1) > 0; i++)
+	for (unsigned i = 0; i < DISCARD && read_frame(device->fd, &byte, 1) > 0; i++)
 		;
 }
 
@@ -456,9 +455,7 @@ bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 {
 	NetDeviceObject *device = queue->device;
 	struct incoming in;
-	struct iovec parts[3 + NET_SECTION_PAGES];
 	bool more = net_receiving(device);
-	memset(in.start, 0, NET_ROOM);
 	for (unsigned i = 0; more && i < NET_BATCH; i++) {
 		if (queue->indication.count + device->sections_needed > max_ranges(queue))
 			break;
@@ -466,15 +463,9 @@ bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 			more = false;
 			break;
 		}
-		uint32_t section = device->ready[device->ready_count - 1];
+		in.start = device->incoming;
 		in.head = in.start + NET_ROOM;
-		parts[0] = (struct iovec){&in.vnet, VNET_SIZE};
-		parts[1] = (struct iovec){in.head, NET_MAX_HEADERS};
-		unsigned count = net_buffer_pieces(&device->receive,
-						   section * device->receive.section_size + NET_ROOM + NET_MAX_HEADERS,
-						   device->room - NET_MAX_HEADERS, parts, 2);
-		parts[count++] = (struct iovec){device->overflow, sizeof(device->overflow)};
-		ssize_t size = read_frame(device->fd, parts, count);
+		ssize_t size = read_frame(device->fd, in.head - VNET_SIZE, VNET_SIZE + NET_MAX_FRAME);
 		if (size <= 0) {
 			if (!size || errno == ECONNRESET || errno == ENOTCONN || errno == EBADFD)
 				device->lost = true;
@@ -487,17 +478,10 @@ bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 			net_count(device, NET_RECEIVED_RUNTS, 1);
 			continue;
 		}
+		memcpy(&in.vnet, in.head - VNET_SIZE, VNET_SIZE);
 		in.size = (uint32_t)size - VNET_SIZE;
 		in.moved = in.ppis_size = 0;
-		device->ready_count--;
-		uint32_t left = in.size;
-		for (unsigned j = 1; j < count; j++) {
-			if (parts[j].iov_len > left)
-				parts[j].iov_len = left;
-			left -= (uint32_t)parts[j].iov_len;
-		}
-		if (!accept(queue, &in, section, parts + 1, count - 1, outcome))
-			device->ready[device->ready_count++] = section;
+		accept(queue, &in, outcome);
 	}
 	for (unsigned i = 0; i < NET_QUEUES; i++)
 		if (device->queues[i])

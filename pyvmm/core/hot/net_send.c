@@ -14,6 +14,7 @@
 enum {
 	PPI_HEADER = 12, // bytes, type, offset of the value
 	MAX_PPIS = 256,
+	MAX_COPY = 2048, // bytes of a frame
 	// So much of an RNDIS packet is copied at once: its header, and most often what there is of per-packet information.
 	FIRST_COPY = NET_RNDIS_HEADER + 4 * NET_PPI,
 
@@ -165,86 +166,98 @@ static uint32_t parse_rndis(const NetQueueObject *queue, size_t at, size_t left,
 
 // Frames -------------------------------------------------------------------------------------------
 
+// What is written: a virtio_net_hdr, and as much of the frame as is copied out of guest memory. Copying a frame of usual
+// size costs less than to have the kernel gather it.
 struct outgoing {
+	uint8_t *frame; // in `bytes`, behind the header
+	uint32_t have;	// bytes of it; the rest stays in guest memory
 	struct net_vnet vnet;
-	uint8_t head[NET_TAG + NET_MAX_HEADERS]; // the frame's first bytes, with room for a tag before them
-	uint32_t head_size;
+	uint8_t bytes[NET_TAG + VNET_SIZE + MAX_COPY];
 };
 
 // Bytes of the tags that stand in a frame already.
-static uint32_t tags_size(const NetQueueObject *queue, const struct request *request)
+static uint32_t tags_size(const struct outgoing *out)
 {
-	uint8_t types[NET_TAG + 2] = {0};
-	gather(queue, request->data + 12, types, request->size < 18 ? request->size - 12 : sizeof(types));
 	uint32_t size = 0;
-	for (; size <= NET_TAG; size += NET_TAG) {
-		uint16_t type = net_get16(types + size);
+	for (; size < NET_MAX_TAGS * NET_TAG && 14 + size <= out->have; size += NET_TAG) {
+		uint16_t type = net_get16(out->frame + 12 + size);
 		if (type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
 			break;
 	}
 	return size;
 }
 
-// Sets the IPv4 or IPv6 length from the frame's, or the frame's from that, and says how much there is of TCP or UDP.
+// Takes the frame's size from the length in its IP header, as what is behind that is padding, and says how much of it is
+// TCP or UDP. Returns false if it lies.
 static bool fit_length(struct net_frame *frame, const uint8_t *head, uint32_t *transport_size)
 {
 	const uint8_t *ip = head + frame->network;
 	uint32_t size = frame->version == 4 ? net_get16(ip + 2) : net_get16(ip + 4) + 40U;
 	if (size > frame->size - frame->network || frame->network + size < frame->payload)
 		return false;
-	frame->size = frame->network + size; // what is behind it is padding
+	frame->size = frame->network + size;
 	*transport_size = frame->size - frame->transport;
 	return true;
 }
 
 // Has the network cut a frame into segments: its headers become those of one large packet, where the guest leaves the
 // length out of the IP header and of the pseudo header's sum.
-static bool ask_for_segments(struct outgoing *out, struct net_frame *frame, uint8_t *head, uint32_t lso, uint32_t limit)
+static bool ask_for_segments(struct net_vnet *vnet, struct net_frame *frame, uint8_t *head, uint32_t lso, uint32_t limit)
 {
 	uint32_t mss = lso & LSO_MSS, headers = frame->payload;
-	if (!(lso & LSO_V2) || frame->protocol != PROTOCOL_TCP || frame->version != (lso & LSO_IPV6 ? 6 : 4) ||
-	    mss < NET_MIN_SEGMENT || headers + mss > limit || frame->size - frame->network > 65535)
+	if (!(lso & LSO_V2) || frame->version != (lso & LSO_IPV6 ? 6 : 4) || mss < NET_MIN_SEGMENT ||
+	    headers + mss > limit || frame->size - frame->network > 65535)
 		return false;
 	net_set_length(frame, head);
 	if (frame->size - headers <= mss)
 		return true;
-	out->vnet.gso_type = frame->version == 4 ? VNET_GSO_TCPV4 : VNET_GSO_TCPV6;
+	vnet->gso_type = frame->version == 4 ? VNET_GSO_TCPV4 : VNET_GSO_TCPV6;
 	if (head[frame->transport + TCP_FLAGS] & TCP_CWR)
-		out->vnet.gso_type |= VNET_GSO_ECN;
-	out->vnet.gso_size = (uint16_t)mss;
-	out->vnet.header_size = (uint16_t)headers;
+		vnet->gso_type |= VNET_GSO_ECN;
+	vnet->gso_size = (uint16_t)mss;
+	vnet->header_size = (uint16_t)headers;
 	return true;
 }
 
 // Does what the guest asked for with the headers. Returns whether that makes sense.
-static bool prepare_offloads(NetQueueObject *queue, struct request *request, struct outgoing *out, uint32_t limit)
+static bool prepare_offloads(struct request *request, struct outgoing *out, uint32_t limit)
 {
 	struct net_frame frame;
-	uint8_t *head = out->head + NET_TAG;
-	uint32_t have = request->size < NET_MAX_HEADERS ? request->size : NET_MAX_HEADERS;
-	gather(queue, request->data, head, have);
-	if (!net_frame_parse(&frame, head, have, request->size) || frame.obscured || !frame.version)
+	uint8_t *head = out->frame;
+	if (!net_frame_parse(&frame, head, out->have, request->size) || frame.obscured || !frame.version)
 		return false;
 	if (request->checksum & CHECKSUM_IP_HEADER && frame.version == 4 && !request->lso)
 		net_set_ipv4_checksum(&frame, head);
-	out->head_size = frame.network + (frame.version == 4 ? (head[frame.network] & 15) * 4U : 40);
 	if (!request->lso && !(request->checksum & (CHECKSUM_TCP | CHECKSUM_UDP)))
 		return true;
-	uint8_t wanted = request->lso || request->checksum & CHECKSUM_TCP ? PROTOCOL_TCP : PROTOCOL_UDP;
+	bool tcp = request->lso || request->checksum & CHECKSUM_TCP;
 	uint32_t transport_size = frame.size - frame.transport;
-	if (frame.protocol != wanted || !frame.payload || frame.fragment)
+	if (frame.protocol != (tcp ? PROTOCOL_TCP : PROTOCOL_UDP) || !frame.payload || frame.fragment)
 		return false;
-	if (request->lso ? !ask_for_segments(out, &frame, head, request->lso, limit)
+	if (request->lso ? !ask_for_segments(&out->vnet, &frame, head, request->lso, limit)
 			 : !fit_length(&frame, head, &transport_size))
 		return false;
-	out->head_size = frame.payload;
 	request->size = frame.size;
 	out->vnet.flags = VNET_NEEDS_CSUM;
 	out->vnet.csum_start = frame.transport;
-	out->vnet.csum_offset = wanted == PROTOCOL_TCP ? TCP_CHECKSUM : UDP_CHECKSUM;
+	out->vnet.csum_offset = tcp ? TCP_CHECKSUM : UDP_CHECKSUM;
 	uint16_t sum = net_fold(net_pseudo_sum(&frame, head, transport_size));
 	memcpy(head + frame.transport + out->vnet.csum_offset, &sum, sizeof(sum));
 	return true;
+}
+
+// Puts a tag into the frame; `vlan` has priority, one bit, and id, from the lowest bit on.
+static void insert_tag(struct outgoing *out, uint32_t vlan)
+{
+	memmove(out->frame - NET_TAG, out->frame, 12);
+	out->frame -= NET_TAG;
+	out->have += NET_TAG;
+	net_put16(out->frame + 12, ETHERTYPE_VLAN);
+	net_put16(out->frame + 14, (vlan & 7) << 13 | (vlan & 8) << 9 | vlan >> 4);
+	if (out->vnet.flags)
+		out->vnet.csum_start += NET_TAG;
+	if (out->vnet.gso_type)
+		out->vnet.header_size += NET_TAG;
 }
 
 enum written { WRITTEN, WRITTEN_NOT, WRITTEN_INVALID };
@@ -253,51 +266,46 @@ static enum written write_frame(NetQueueObject *queue, struct request *request)
 {
 	NetDeviceObject *device = queue->device;
 	struct outgoing out;
-	struct iovec parts[NET_MAX_PIECES + 2];
-	unsigned count = 2;
 	if (request->size < NET_ETHERNET)
 		return WRITTEN_INVALID;
+	out.frame = out.bytes + NET_TAG + VNET_SIZE;
+	out.have = request->size < MAX_COPY ? request->size : MAX_COPY;
+	out.vnet = (struct net_vnet){0};
+	gather(queue, request->data, out.frame, out.have);
 	uint32_t limit = device->frame_size;
 	if (request->size > limit)
-		limit += tags_size(queue, request);
+		limit += tags_size(&out);
 	if (request->size > (request->lso ? NET_MAX_FRAME : limit))
 		return WRITTEN_INVALID;
-	out.vnet = (struct net_vnet){0};
-	out.head_size = 0;
-	if ((request->lso || request->checksum & CHECKSUM_ANY) && !prepare_offloads(queue, request, &out, limit))
+	if ((request->lso || request->checksum & CHECKSUM_ANY) && !prepare_offloads(request, &out, limit))
 		return WRITTEN_INVALID;
-	uint8_t *head = out.head + NET_TAG;
-	if (request->vlan) {
-		if (!out.head_size) {
-			out.head_size = 12;
-			gather(queue, request->data, head, 12);
-		}
-		memmove(out.head, head, 12);
-		head = out.head;
-		net_put16(head + 12, ETHERTYPE_VLAN);
-		// Priority, one bit, and id, from the lowest bit on.
-		net_put16(head + 14, (request->vlan & 7) << 13 | (request->vlan & 8) << 9 | request->vlan >> 4);
-		if (out.vnet.flags)
-			out.vnet.csum_start += NET_TAG;
-		if (out.vnet.gso_type)
-			out.vnet.header_size += NET_TAG;
-	}
+	size_t rest = request->size > out.have ? request->size - out.have : 0, rest_at = request->data + out.have;
+	if (out.have > request->size)
+		out.have = request->size;
+	if (request->vlan)
+		insert_tag(&out, request->vlan);
 	if (device->fd < 0 || device->lost || !device->link) {
 		net_count(device, NET_SENT_UNPLUGGED, 1);
 		return WRITTEN;
 	}
-	parts[0] = (struct iovec){&out.vnet, VNET_SIZE};
-	parts[1] = (struct iovec){head, out.head_size + (request->vlan ? NET_TAG : 0)};
-	count = slice(queue, request->data + out.head_size, request->size - out.head_size, parts, count);
-	ssize_t size = VNET_SIZE + request->size + (request->vlan ? NET_TAG : 0), done;
+	uint8_t *start = out.frame - VNET_SIZE;
+	memcpy(start, &out.vnet, VNET_SIZE);
+	size_t size = VNET_SIZE + out.have;
+	struct iovec parts[1 + NET_MAX_PIECES];
+	unsigned count = 1;
+	ssize_t done;
+	if (rest) {
+		parts[0] = (struct iovec){start, size};
+		count = slice(queue, rest_at, rest, parts, count);
+	}
 	do
-		done = writev(device->fd, parts, (int)count);
+		done = rest ? writev(device->fd, parts, (int)count) : write(device->fd, start, size);
 	while (done < 0 && errno == EINTR);
 	if (done < 0 && errno == EAGAIN)
 		return WRITTEN_NOT;
-	if (done == size) {
+	if (done == (ssize_t)(size + rest)) {
 		net_count(device, NET_SENT_FRAMES, 1);
-		net_count(device, NET_SENT_BYTES, (uint64_t)size - VNET_SIZE);
+		net_count(device, NET_SENT_BYTES, (uint64_t)done - VNET_SIZE);
 	} else {
 		net_count(device, NET_SENT_ERRORS, 1);
 	}

@@ -1,7 +1,5 @@
 #include "ring.h"
 
-#include <string.h>
-
 static bool index_valid(const RingObject *self, uint32_t index)
 {
 	return index < self->size && index % 8 == 0;
@@ -13,7 +11,7 @@ bool ring_load_index(const RingObject *self, _Atomic uint32_t *index, uint32_t *
 	return index_valid(self, *ret);
 }
 
-uint32_t ring_copy_out(const RingObject *self, uint32_t offset, void *to, uint32_t length)
+uint32_t ring_copy_out_pages(const RingObject *self, uint32_t offset, void *to, uint32_t length)
 {
 	uint8_t *next = to;
 	while (length) {
@@ -28,7 +26,7 @@ uint32_t ring_copy_out(const RingObject *self, uint32_t offset, void *to, uint32
 	return offset;
 }
 
-uint32_t ring_copy_in(const RingObject *self, uint32_t offset, const void *from, uint32_t length)
+uint32_t ring_copy_in_pages(const RingObject *self, uint32_t offset, const void *from, uint32_t length)
 {
 	const uint8_t *next = from;
 	while (length) {
@@ -94,7 +92,8 @@ uint32_t ring_put(const RingObject *self, uint32_t start, const struct ring_desc
 	uint32_t footer[2] = {0, start};
 	uint32_t header = descriptor->offset8 * 8U;
 	uint32_t in = ring_copy_in(self, start, descriptor, RING_DESCRIPTOR_SIZE);
-	in = ring_copy_in(self, in, extra, header - RING_DESCRIPTOR_SIZE);
+	if (header > RING_DESCRIPTOR_SIZE)
+		in = ring_copy_in(self, in, extra, header - RING_DESCRIPTOR_SIZE);
 	in = ring_copy_in(self, in, payload, payload_length);
 	in = ring_copy_in(self, in, zeros, descriptor->length8 * 8U - header - payload_length);
 	return ring_copy_in(self, in, footer, RING_FOOTER_SIZE);

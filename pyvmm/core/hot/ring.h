@@ -11,6 +11,7 @@
 #include "hot.h"
 
 #include <stddef.h>
+#include <string.h>
 
 enum {
 	RING_DESCRIPTOR_SIZE = 16,
@@ -75,9 +76,28 @@ static inline uint32_t ring_advance(const RingObject *self, uint32_t offset, uin
 
 // Reads an index of the other side, once. Returns whether it is an offset in the ring.
 bool ring_load_index(const RingObject *self, _Atomic uint32_t *index, uint32_t *ret);
-// `offset` is below the ring's size and `length` at most that; both return the offset after what was copied.
-uint32_t ring_copy_out(const RingObject *self, uint32_t offset, void *to, uint32_t length);
-uint32_t ring_copy_in(const RingObject *self, uint32_t offset, const void *from, uint32_t length);
+// `offset` is below the ring's size and `length` at most that; all return the offset after what was copied.
+uint32_t ring_copy_out_pages(const RingObject *self, uint32_t offset, void *to, uint32_t length);
+uint32_t ring_copy_in_pages(const RingObject *self, uint32_t offset, const void *from, uint32_t length);
+
+// Most often it is inside one page, and of a length that the compiler knows.
+static inline uint32_t ring_copy_out(const RingObject *self, uint32_t offset, void *to, uint32_t length)
+{
+	uint32_t in_page = offset % HOT_PAGE_SIZE;
+	if (length > HOT_PAGE_SIZE - in_page)
+		return ring_copy_out_pages(self, offset, to, length);
+	memcpy(to, self->pages[offset / HOT_PAGE_SIZE] + in_page, length);
+	return ring_advance(self, offset, length);
+}
+
+static inline uint32_t ring_copy_in(const RingObject *self, uint32_t offset, const void *from, uint32_t length)
+{
+	uint32_t in_page = offset % HOT_PAGE_SIZE;
+	if (length > HOT_PAGE_SIZE - in_page)
+		return ring_copy_in_pages(self, offset, from, length);
+	memcpy(self->pages[offset / HOT_PAGE_SIZE] + in_page, from, length);
+	return ring_advance(self, offset, length);
+}
 
 // Host as reader: copies a packet's descriptor from `offset`, where at most `available` bytes are in the ring.
 // Returns whether the whole packet is in the ring and its flags are known.
