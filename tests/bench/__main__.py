@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
 from pyvmm.machine.outcome import MachineError
-from tests.bench import disk, exits, idle, net, startup, storage
+from tests.bench import disk, exits, idle, net, startup, storage, switch
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
@@ -35,6 +35,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Path, int], list[Figure]], int]] = {
     "convert": (disk.convert, 5),
     "open": (disk.open_large, 9),
     "idle": (idle.measure, 3),
+    "switch": (switch.measure, 5),
     "net": (net.measure, 7),
 }
 #: Take minutes.

@@ -23,9 +23,9 @@ def compile_c(name: str, folder: Path) -> Path:
     return program
 
 
-def output_of(command: list[str]) -> list[int]:
+def output_of(command: list[str], pass_fds: tuple[int, ...] = ()) -> list[int]:
     """The numbers that a program prints. Raises BenchError if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, pass_fds=pass_fds)
     if done.returncode:
         raise BenchError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
     return [int(word) for word in done.stdout.split()]
