@@ -5,9 +5,20 @@ Sources: Intel 82441FX (PMC) data sheet, 290549; Intel 82371AB (PIIX4) data shee
 
 from __future__ import annotations
 
+import threading
+from functools import cache
+
 from devices.legacy.pci import BUS_MASTER, COMMAND, IO_SPACE, MEMORY_SPACE, PciFunction
+from pyvmm.core.irq import IrqLine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _INTEL = 0x8086
+#: Route control of PIRQ A; B to D follow. Bit 7 means no route; of the ISA interrupts these are allowed.
+_PIRQRC = 0x60
+_ROUTABLE = frozenset({3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15})
 
 
 class HostBridge(PciFunction):
@@ -27,14 +38,71 @@ class HostBridge(PciFunction):
 
 
 class IsaBridge(PciFunction):
-    """PIIX4 function 0 at 07.0: the way to the legacy devices, and from the PCI interrupts A to D to `irqs`.
+    """PIIX4 function 0 at 07.0: the way to the legacy devices, and from the PCI interrupts A to D to ISA ones.
 
-    Firmware may choose other ISA interrupts (PIRQRC); where none runs, the guest finds the ones of the ACPI tables.
+    `irqs` are the ISA interrupts that PIRQRC names at power-on, which are the ones of the ACPI tables too. Firmware may
+    choose others. `irq_line` gives the line of an ISA interrupt.
     """
 
-    def __init__(self, irqs: tuple[int, int, int, int]) -> None:
+    def __init__(self, irqs: tuple[int, int, int, int], irq_line: Callable[[int], IrqLine]) -> None:
         super().__init__("isa-bridge", (_INTEL, 0x7110), 0x060100, 1)
         self.define(COMMAND, 2, IO_SPACE | MEMORY_SPACE | BUS_MASTER)
         self.set_multi_function()
-        for register, irq in enumerate(irqs, 0x60):
+        for register, irq in enumerate(irqs, _PIRQRC):
             self.define(register, 1, irq, 0x8F)
+        self._irq_line = cache(irq_line)
+        self._lock = threading.Lock()
+        #: The pins that ask for an interrupt, by PIRQ; and the ISA interrupts that are high for them.
+        self._asking: tuple[set[_Pin], ...] = (set(), set(), set(), set())
+        self._high: set[int] = set()
+
+    def pin(self, device: int, pin: int) -> IrqLine:
+        """The interrupt pin A to D (0 to 3) of a device on the bus: which PIRQ it is shifts from device to device."""
+        return _Pin(self, (device - 1 + pin) % 4)
+
+    def irq(self, device: int, pin: int) -> int:
+        """The ISA interrupt that the pin leads to at power-on."""
+        return self.read_config(_PIRQRC + (device - 1 + pin) % 4, 1)
+
+    def ask(self, pirq: int, pin: _Pin, level: bool) -> None:
+        """One of the pins that share a PIRQ goes high or low."""
+        with self._lock:
+            if level:
+                self._asking[pirq].add(pin)
+            else:
+                self._asking[pirq].discard(pin)
+            self._route()
+
+    def _route(self) -> None:
+        high = set()
+        for pirq, asking in enumerate(self._asking):
+            route = self.read_config(_PIRQRC + pirq, 1)
+            if asking and route in _ROUTABLE:
+                high.add(route)
+        for irq in high ^ self._high:
+            self._irq_line(irq).set(irq in high)
+        self._high = high
+
+    def write_config(self, offset: int, value: int) -> None:
+        super().write_config(offset, value)
+        if _PIRQRC <= offset < _PIRQRC + 4:
+            with self._lock:
+                self._route()
+
+    def reset(self) -> None:
+        super().reset()
+        with self._lock:
+            for asking in self._asking:
+                asking.clear()
+            self._route()
+
+
+class _Pin(IrqLine):
+    """An interrupt pin of one function."""
+
+    def __init__(self, bridge: IsaBridge, pirq: int) -> None:
+        self._bridge = bridge
+        self._pirq = pirq
+
+    def set(self, level: bool) -> None:
+        self._bridge.ask(self._pirq, self, level)

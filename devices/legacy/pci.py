@@ -12,6 +12,7 @@ import threading
 from devices.saved import check_version, saved_bytes, saved_int
 from pyvmm.core.bus import BusHandler
 from pyvmm.core.device import Device
+from pyvmm.core.irq import IrqLine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 ADDRESS_PORT, DATA_PORT = 0xCF8, 0xCFC
 
 # Configuration space of a function, header type 0.
-COMMAND, BARS, INTERRUPT_LINE = 0x04, 0x10, 0x3C
+COMMAND, BARS, SUBSYSTEM_IDS, ROM_BAR, INTERRUPT_LINE, INTERRUPT_PIN = 0x04, 0x10, 0x2C, 0x30, 0x3C, 0x3D
 #: Command register: answers I/O, answers memory accesses, may be bus master.
 IO_SPACE, MEMORY_SPACE, BUS_MASTER = 0x1, 0x2, 0x4
 _STATUS_MEDIUM_DEVSEL = 0x0280
@@ -43,6 +44,13 @@ class Bar:
         self.memory = memory
 
 
+class _NoInterrupt(IrqLine):
+    """What a function without an interrupt pin drives."""
+
+    def set(self, level: bool) -> None:
+        """Lead nowhere."""
+
+
 class PciFunction(Device):
     """One function of a PCI device. `identity` is vendor and device id, `class_code` base class, sub-class, interface.
 
@@ -53,6 +61,8 @@ class PciFunction(Device):
     def __init__(self, name: str, identity: tuple[int, int], class_code: int, revision: int) -> None:
         self.name = name
         self.bars: dict[int, Bar] = {}
+        #: Where the interrupt pin leads: a level, shared with other functions.
+        self.interrupt: IrqLine = _NoInterrupt()
         self._config = bytearray(256)
         self._writable = bytearray(256)
         self._power_on: bytes | None = None
@@ -74,6 +84,12 @@ class PciFunction(Device):
         # All 32 bits also for ports: SeaBIOS takes hardwired zeros above bit 15 for a size.
         mask = _ONES & ~(bar.size - 1)
         self.define(BARS + 4 * index, 4, base & mask | (0 if bar.memory else 1), mask)
+
+    def connect_interrupt(self, pin: int, line: IrqLine, irq: int) -> None:
+        """Give the function interrupt pin A to D (0 to 3), which drives `line`; firmware would note `irq` for it."""
+        self.interrupt = line
+        self.define(INTERRUPT_PIN, 1, pin + 1)
+        self.define(INTERRUPT_LINE, 1, irq, 0xFF)
 
     def set_multi_function(self) -> None:
         """Say in the header that the device has other functions."""

@@ -31,6 +31,6 @@ def make_pci(
     """Make the bus, with the functions where Hyper-V has them."""
     bus = PciBus(pio, mmio)
     bus.add(0, 0, HostBridge())
-    bus.add(7, 0, IsaBridge(layout.PCI_IRQS))
+    bus.add(7, 0, IsaBridge(layout.PCI_IRQS, irq_line))
     bus.add(7, 1, PiixIde(ide_disks, memory, irq_line, make_worker, layout.IDE_MASTER_PORT))
     return bus

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from devices.legacy.chipset import HostBridge, IsaBridge
 from devices.legacy.pci import COMMAND, Bar, PciBus, PciFunction
 from pyvmm.core.bus import Bus, BusHandler
+from tests.fakes.board import RecordingLine
 
 ONES = 0xFFFF_FFFF
 IO, MEMORY = 1, 2
@@ -34,6 +35,7 @@ class Host:
     def __init__(self) -> None:
         self.pio, self.mmio = Bus("pio"), Bus("mmio")
         self.bus = PciBus(self.pio, self.mmio)
+        self.lines = [RecordingLine() for _ in range(16)]
         for port in self.bus.ports():
             self.pio.register(*port)
         card = PciFunction("card", (0x1234, 0x5678), 0x020000, 3)
@@ -41,9 +43,16 @@ class Host:
         card.define_bar(0, Bar(16, Answers(0x40), "card ports"), 0xE000)
         card.define_bar(1, Bar(4096, Answers(0x80), "card memory", memory=True))
         self.bus.add(0, 0, HostBridge())
-        self.bus.add(7, 0, IsaBridge((10, 10, 11, 11)))
+        self.isa_bridge = IsaBridge((10, 10, 11, 11), lambda number: self.lines[number])
+        self.bus.add(7, 0, self.isa_bridge)
+        card.connect_interrupt(1, self.isa_bridge.pin(10, 1), 11)
+        self.card = card
         self.bus.add(10, 0, card)
         self.bus.reset()
+
+    def high(self) -> set[int]:
+        """The ISA interrupts that are asked for."""
+        return {number for number, line in enumerate(self.lines) if line.level}
 
     def select(self, device: int, register: int, function: int = 0, bus: int = 0) -> None:
         self.pio.write(0xCF8, 4, 1 << 31 | bus << 16 | device << 11 | function << 8 | register & 0xFC)
@@ -91,7 +100,7 @@ def test_bytes_and_words_of_a_register_are_reached_alone(host: Host) -> None:
     assert host.get(0, 2, 2) == 0x1237
     assert host.get(0, 1, 1) == 0x80
     host.put(10, 0x3C, 0x0B, 1)
-    assert host.get(10, 0x3C) == 0x0B
+    assert host.get(10, 0x3C) == 0x020B
     host.select(0, 0)
     assert host.pio.read(0xCFE, 4) == ONES, "an access across the register's end"
 
@@ -166,6 +175,48 @@ def test_saved_state_decodes_the_same(host: Host) -> None:
     other.bus.restore(host.bus.save())
     assert other.pio.read(0xD001, 1) == 0x41
     assert other.pio.read(0xCFC, 1) == 10, "the address register is part of it"
+
+
+@pytest.mark.parametrize(("device", "pin", "irq"), [(1, 0, 10), (10, 0, 10), (10, 1, 11), (10, 2, 11), (10, 3, 10)])
+def test_an_interrupt_pin_leads_to_the_interrupt_that_acpi_names(host: Host, device: int, pin: int, irq: int) -> None:
+    line = host.isa_bridge.pin(device, pin)
+    line.set(True)
+    assert host.high() == {irq}
+    assert host.isa_bridge.irq(device, pin) == irq
+    line.set(False)
+    assert host.high() == set()
+
+
+def test_functions_share_an_interrupt_that_is_high_while_one_of_them_asks(host: Host) -> None:
+    lines = [host.isa_bridge.pin(10, pin) for pin in (0, 3)] + [host.isa_bridge.pin(14, 0)]
+    for line in lines:
+        line.set(True)
+    for line in lines:
+        assert host.high() == {10}
+        line.set(False)
+    assert host.high() == set()
+
+
+def test_firmware_leads_interrupts_elsewhere_while_they_are_high(host: Host) -> None:
+    line = host.isa_bridge.pin(10, 0)  # PIRQ B
+    line.set(True)
+    host.put(7, 0x61, 5, 1)
+    assert host.high() == {5}
+    host.put(7, 0x61, 0x80 | 5, 1)
+    assert host.high() == set()
+    host.put(7, 0x61, 2, 1)
+    assert host.high() == set(), "a reserved interrupt"
+    host.put(7, 0x61, 5, 1)
+    host.bus.reset()
+    assert host.high() == set()
+
+
+def test_a_function_tells_its_pin_and_its_interrupt(host: Host) -> None:
+    assert host.get(10, 0x3C, 2) == 0x020B
+    host.put(10, 0x3C, 0xFF09, 2)
+    assert host.get(10, 0x3C, 2) == 0x0209
+    host.card.interrupt.set(True)
+    assert host.high() == {11}
 
 
 def _other_function(state: dict[str, Any]) -> None:
