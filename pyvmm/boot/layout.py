@@ -36,6 +36,8 @@ SCI_IRQ = 9
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 #: Where the bus master registers of the IDE controller stand until the guest moves them.
 IDE_MASTER_PORT = 0xFFA0
+#: And the registers of legacy NICs, one after the other: ports, memory (in PCI_MMIO).
+NIC_PORT, NIC_MMIO = 0xEC00, 0xEFFF_C000
 #: ISA interrupts of the PCI interrupts A to D.
 PCI_IRQS = (10, 10, 11, 11)
 # Present with --testdev only, where QEMU has them (`devices.legacy.testdev` and its neighbours).

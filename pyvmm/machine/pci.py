@@ -11,12 +11,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from devices.legacy.dec21140.nic import Dec21140
     from devices.storage.backend import Disk
     from pyvmm.core.bus import Bus
     from pyvmm.core.irq import IrqLine
     from pyvmm.core.memory import GuestMemory
     from pyvmm.core.worker import Worker
     from pyvmm.machine.nics import Slot as NicSlot
+
+_NIC_DEVICE = 0x0A
 
 
 def make_pci(
@@ -27,10 +30,18 @@ def make_pci(
     ide_disks: Mapping[tuple[int, int], Disk],
     nics: Sequence[NicSlot],
     make_worker: Callable[[str], Worker],
+    nics: Sequence[Dec21140] = (),
 ) -> PciBus:
-    """Make the bus, with the functions where Hyper-V has them."""
+    """Make the bus, with the functions where Hyper-V has them; the `nics`, up to four, are those of one device."""
     bus = PciBus(pio, mmio)
     bus.add(0, 0, HostBridge())
-    bus.add(7, 0, IsaBridge(layout.PCI_IRQS, irq_line))
+    isa_bridge = IsaBridge(layout.PCI_IRQS, irq_line)
+    bus.add(7, 0, isa_bridge)
     bus.add(7, 1, PiixIde(ide_disks, memory, irq_line, make_worker, layout.IDE_MASTER_PORT))
+    for number, nic in enumerate(nics):
+        nic.place_registers(layout.NIC_PORT, layout.NIC_MMIO, number)
+        nic.connect_interrupt(number, isa_bridge.pin(_NIC_DEVICE, number), isa_bridge.irq(_NIC_DEVICE, number))
+        if len(nics) > 1:
+            nic.set_multi_function()
+        bus.add(_NIC_DEVICE, number, nic)
     return bus
