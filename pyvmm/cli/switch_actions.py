@@ -57,7 +57,7 @@ def list(args: argparse.Namespace) -> int:  # noqa: A001 - named like the action
     if args.output == "json":
         print(json.dumps(rows, indent=2))
         return status
-    table = _table("switch", "type", "state", "host or uplink", "addresses", "plane", "ports")
+    table = _table("switch", "type", "state", "interface", "address", "plane", "ports")
     for row in rows:
         table.add_row(
             row["name"],

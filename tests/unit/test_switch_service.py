@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from devices.network import client, protocol, service
 from devices.network.definition import SwitchDefinition
 from devices.network.errors import SwitchError
 from devices.network.plane import Learned
-from devices.network.settings import VlanMode
+from devices.network.settings import PortSettings, VlanMode
 from devices.network.switch import MAX_PORTS, MAX_SHOWN
 from tests.fakes.network import FakeNat, FakePlane
 from tests.fakes.switch_service import connect, nic, say, serving, use_folders
@@ -485,3 +488,45 @@ def test_what_befalls_nat_is_logged_and_ends_nothing(nat: FakeNat, capfd: pytest
         "dnsmasq was started again",
         "dnsmasq cannot be started again",
     ]
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+_NAMES = st.sampled_from(["plug", "offloads", "change", "show", "set", "mirror", "explode"])
+_FIELDS = st.sampled_from(["settings", "offloads", "port", "changes", "path", "force", "more"])
+_KNOWN = {
+    "plug": ("settings",),
+    "change": ("settings",),
+    "offloads": ("offloads",),
+    "show": ("port",),
+    "set": ("port", "changes"),
+    "mirror": ("port", "path"),
+}
+_SOUND = {"settings": msgspec.to_builtins(nic()), "offloads": 1, "port": "web01", "changes": {}, "path": None}
+_SETTINGS = st.dictionaries(st.sampled_from([*PortSettings.__struct_fields__, "more"]), _JSON, max_size=5)
+
+
+@given(
+    requests=st.lists(
+        st.tuples(_NAMES, st.dictionaries(_FIELDS, _JSON | _SETTINGS | st.just("web01"), max_size=4), st.booleans()),
+        max_size=4,
+    )
+)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_asked_is_answered_and_brings_no_bug_to_light(
+    plane: FakePlane, requests: list[tuple[str, dict[str, object], bool]]
+) -> None:
+    with connect() as connection:
+        for name, fields, sound in requests:
+            if sound:
+                fields = {key: fields.get(key, _SOUND[key]) for key in _KNOWN.get(name, ())}
+            connection.send(json.dumps({**fields, "command": name}).encode())
+            reply, fd = protocol.receive(connection)
+            while reply is not None and "event" in reply:
+                reply, fd = protocol.receive(connection)
+            assert reply is not None and "internal error" not in str(reply.get("error"))
+            if fd >= 0:
+                os.close(fd)
