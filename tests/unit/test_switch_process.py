@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,6 +116,8 @@ def test_settings_take_effect_at_once(lan: SwitchDefinition) -> None:
     one, two = client.plug("lan", nic("one")), client.plug("lan", nic("two"))
     two.change(nic("two", mode=VlanMode.ACCESS, vlan=10))
     os.write(one.fd, frame("ff:ff:ff:ff:ff:ff", nic("one").mac, b"not for you"))
+    while not client.ask("lan", protocol.Show("one"))["statistics"]["received_frames"]:
+        pass  # what is read later is in the VLAN of later
     client.ask("lan", protocol.Set("one", {"mode": "access", "vlan": 10}))
     os.write(one.fd, frame("ff:ff:ff:ff:ff:ff", nic("one").mac, b"for you"))
     assert read(two)[14:21] == b"for you"
@@ -225,13 +228,21 @@ def test_a_path_too_long_for_a_socket_is_one_line(
     assert refused.value.kind == "host"
 
 
-@pytest.mark.skipif(not ROOT, reason="only root can become another user")
-def test_a_user_without_privileges_has_private_switches_and_no_others(tmp_path: Path) -> None:
-    for name in ("state", "run"):
-        (tmp_path / name).mkdir(mode=0o700)
-        os.chown(tmp_path / name, 65534, 65534)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that anybody may enter, unlike pytest's, with those of a user without privileges."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         folder.chmod(0o755)
+        for name in ("state", "run"):
+            (folder / name).mkdir(mode=0o700)
+            os.chown(folder / name, 65534, 65534)
+        use_folders(folder, monkeypatch)
+        yield folder
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can become another user")
+def test_a_user_without_privileges_has_private_switches_and_no_others(public: Path) -> None:
 
     def as_nobody(*words: str, uid: int = 65534) -> subprocess.CompletedProcess[str]:
         become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
@@ -248,7 +259,7 @@ def test_a_user_without_privileges_has_private_switches_and_no_others(tmp_path: 
         "print(read(two)[14:19], flush=True)",
     )
     assert (made.returncode, made.stdout) == (0, "b'hello'\n"), made.stderr
-    for path in (tmp_path / "run", tmp_path / "run" / "switches", Path(places.running("lan", "sock"))):
+    for path in (public / "run", public / "run" / "switches", Path(places.running("lan", "sock"))):
         path.chmod(0o777)
     other = as_nobody(
         sys.executable,
@@ -259,7 +270,7 @@ def test_a_user_without_privileges_has_private_switches_and_no_others(tmp_path: 
         uid=65533,
     )
     assert other.stdout == "switch lan belongs to another user\n"
-    (tmp_path / "run" / "switches").chmod(0o700)
+    (public / "run" / "switches").chmod(0o700)
     assert client.ask("lan", protocol.Show())["ports"] == []  # root may ask
     for kind in ("internal", "nat"):
         refused = as_nobody(*PYVMM, "switch", "create", "other", "--type", kind)
