@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -60,6 +62,18 @@ def nic(vm: str = "web01", number: int = 0, **changes: Any) -> PortSettings:
     """A NIC's settings, with an address of its own for each VM and number."""
     mac = f"00:15:5d:{number:02x}:{sum(vm.encode()) % 256:02x}:{len(vm):02x}"
     return msgspec.structs.replace(PortSettings(vm=vm, nic=f"nic{number}", mac=mac), **changes)
+
+
+@contextmanager
+def vm_process(vm: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose NIC has a port of the switch ``lan``; it goes on until it is killed."""
+    program = (
+        "import signal; from devices.network import client; from tests.fakes.switch_service import nic\n"
+        f"port = client.plug('lan', nic({vm!r})); print('plugged', flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"plugged\n"
+        yield process
 
 
 def connect(name: str = "lan") -> socket.socket:

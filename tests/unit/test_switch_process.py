@@ -25,7 +25,7 @@ from devices.network.port import VNET_HEADER_SIZE
 from devices.network.service import MAX_LOG
 from devices.network.settings import VlanMode
 from tests.fakes.netns import NetworkNamespace
-from tests.fakes.switch_service import nic, use_folders
+from tests.fakes.switch_service import nic, use_folders, vm_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,19 +167,8 @@ def test_a_service_that_is_told_to_end_leaves_nothing_but_its_log_and_lock(lan: 
     port.close()
 
 
-_VM = """
-import signal
-from devices.network import client
-from tests.fakes.switch_service import nic
-port = client.plug("lan", nic("victim"))
-print("plugged", flush=True)
-signal.pause()
-"""
-
-
 def test_the_service_outlives_the_vm_that_started_it_and_takes_its_port_back(lan: SwitchDefinition) -> None:
-    with subprocess.Popen([sys.executable, "-c", _VM], stdout=subprocess.PIPE) as vm:
-        assert vm.stdout is not None and vm.stdout.readline() == b"plugged\n"
+    with vm_process("victim") as vm:
         pid = service()
         vm.kill()
     while admin.describe("lan")["ports"]:

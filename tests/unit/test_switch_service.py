@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -24,7 +21,7 @@ from devices.network.plane import Learned
 from devices.network.settings import PortSettings, VlanMode
 from devices.network.switch import MAX_PORTS, MAX_SHOWN
 from tests.fakes.network import FakeNat, FakePlane
-from tests.fakes.switch_service import connect, nic, say, serving, use_folders
+from tests.fakes.switch_service import connect, nic, say, serving, use_folders, vm_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,23 +204,10 @@ def test_a_port_is_mirrored_to_a_file(plane: FakePlane, tmp_path: Path) -> None:
     port.close()
 
 
-_VM = """
-import sys, signal
-from devices.network import client
-from tests.fakes.network import FakeNat, FakePlane
-from tests.fakes.switch_service import nic
-port = client.plug("lan", nic("victim"))
-print("plugged", flush=True)
-signal.pause()
-"""
-
-
 def test_a_killed_vm_loses_its_port(plane: FakePlane) -> None:
-    with subprocess.Popen([sys.executable, "-c", _VM], stdout=subprocess.PIPE, cwd=os.getcwd()) as vm:
-        assert vm.stdout is not None
-        assert vm.stdout.readline() == b"plugged\n"
+    with vm_process("victim") as vm:
         assert plane.ports[1].vm == "victim"
-        vm.send_signal(signal.SIGKILL)
+        vm.kill()
     until_ports([])
     client.plug("lan", nic("victim")).close()  # and may have it again
 
