@@ -120,7 +120,7 @@ class Board:
         self._add(system_ports, system_ports.ports())
         self._pci_lock = threading.Lock()
         self._pci: PciBus | None = None
-        self._pci_parts = (memory, irq_line, ide_disks, nics, make_worker)
+        self._pci_parts = (memory, irq_line, ide_disks, nics, make_worker, clock)
         for base, length in _PCI_PORTS:
             self.pio.register(base, length, _FirstAccess(self, base), "PCI, not looked at so far")
         if ide_disks or nics:
