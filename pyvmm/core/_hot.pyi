@@ -264,10 +264,10 @@ class NetDevice:
     def statistics(self) -> dict[str, int]:
         """``sent_frames``, ``sent_bytes``, ``received_frames``, ``received_bytes``, and what was not, by reason."""
 
-    def save(self) -> dict[str, object]:
+    def save(self) -> dict[str, Any]:
         """The sections that the guest holds, and control messages that wait; while no queue is serving."""
 
-    def restore(self, state: dict[str, object], /) -> None:
+    def restore(self, state: dict[str, Any], /) -> None:
         """Take over what `save` returned, once the receive buffer is set. Raises ValueError."""
 
 class NetQueue:

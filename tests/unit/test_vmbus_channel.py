@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devices.vmbus.channel import Channel
+    from pyvmm.core._hot import Packet, SynIC
     from tests.fakes.vmbus_guest import GuestChannel
 
 
@@ -258,3 +259,45 @@ def test_doorbells_are_closed_with_their_channels(rig: Rig) -> None:
         opened(rig)[0].close()
         rig.guest.unload()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Idle:
+    """An engine that counts its turns and never has anything to do."""
+
+    name = "idle"
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    def serve(self) -> tuple[bool, int, list[Packet], list[Packet], bool]:
+        self.turns += 1
+        return True, 0, [], [], False
+
+    def quiesce(self) -> tuple[list[Packet], list[Packet]]:
+        return [], []
+
+    def set_target(self, synic: SynIC | None, sint: int, flag: int, /) -> None:
+        pass
+
+    def inspect(self) -> dict[str, int]:
+        return {}
+
+
+def test_an_engine_gets_its_turn_when_its_file_has_something_new_until_the_channel_closes(rig: Rig) -> None:
+    guest, channel = opened(rig)
+    source, sink = os.pipe()
+    engine = Idle()
+    channel.use_engine(engine, source)
+    settle(channel)
+    for _ in range(3):
+        before = engine.turns
+        os.write(sink, b"x")  # nobody reads it
+        settle(channel)
+        assert engine.turns > before
+    guest.close()
+    before = engine.turns
+    os.write(sink, b"x")
+    settle(channel)
+    assert engine.turns == before
+    os.close(source)
+    os.close(sink)
