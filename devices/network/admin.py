@@ -60,7 +60,7 @@ def stopped(found: SwitchDefinition) -> dict[str, Any]:
 
 def delete(name: str, force: bool = False) -> None:
     """End and forget a switch; refused while VMs are on it, unless by force. Raises SwitchError."""
-    definition.check_name(name)
+    places.check_name(name)
     if name not in definition.names():
         raise SwitchError(f"no switch {name}", "missing")
     for _ in range(_TRIES):

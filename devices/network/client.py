@@ -7,7 +7,6 @@ import os
 import select
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections import deque
@@ -185,9 +184,7 @@ def plug(
 
     The callbacks are those of `Port`; given here they miss nothing.
     """
-    from devices.network.definition import check_name
-
-    check_name(switch)
+    places.check_name(switch)
     for _ in range(_TRIES):
         connection = _connect(switch)
         if connection is None:
@@ -234,6 +231,8 @@ def running(switch: str) -> bool:
 
 def start(switch: str) -> None:
     """Start the service of `switch`, unless one runs, and wait until it answers; raises SwitchError as that does."""
+    import subprocess
+
     ready, told = os.pipe()
     with open(ready, "rb") as answer:
         words = [sys.executable, "-m", "devices.network.service", switch, str(told)]

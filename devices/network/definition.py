@@ -25,7 +25,6 @@ MAX_FORWARDS = 256
 #: Bytes of an interface's name (IFNAMSIZ of linux/if.h, without the NUL).
 MAX_INTERFACE = 15
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 _FORWARD = re.compile(r"(tcp|udp):(?:(\[[0-9A-Fa-f:.]+\]|[0-9.]+):)?([0-9]{1,5}):(.{1,64}):([0-9]{1,5})")
 
 
@@ -100,17 +99,9 @@ def parse_forward(text: str) -> Forward:
     return Forward(protocol, address, int(port), vm, int(vm_port))
 
 
-def check_name(name: str) -> None:
-    """Raise SwitchError unless `name` can be a switch's."""
-    if not _NAME.fullmatch(name):
-        raise SwitchError(
-            f"switch name {name!r}: up to 32 letters, digits, '-', '_' and '.', a letter or digit first", "usage"
-        )
-
-
 def check(definition: SwitchDefinition) -> None:
     """Raise SwitchError unless the parts of `definition` fit together. Looks at nothing of the host."""
-    check_name(definition.name)
+    places.check_name(definition.name)
     where = f"switch {definition.name}"
     kind = definition.type
     hosted = kind in (SwitchType.INTERNAL, SwitchType.NAT)
@@ -186,7 +177,7 @@ def free_network(definitions: list[SwitchDefinition], routes: str = "/proc/net/r
 
 def load(name: str) -> SwitchDefinition:
     """The switch `name`; raises SwitchError, of kind ``missing`` if there is none."""
-    check_name(name)
+    places.check_name(name)
     path = places.definition(name)
     if not os.path.exists(path):
         raise SwitchError(f"no switch {name}: make it with pyvmm switch create {name}", "missing")
@@ -207,7 +198,7 @@ def names() -> list[str]:
     except OSError:
         return []
     found = sorted(file.removesuffix(".toml") for file in files if file.endswith(".toml"))
-    return [name for name in found if _NAME.fullmatch(name)]
+    return [name for name in found if places.is_name(name)]
 
 
 def load_all() -> list[SwitchDefinition]:
@@ -244,7 +235,7 @@ def store(definition: SwitchDefinition) -> None:
 
 def remove(name: str) -> None:
     """Forget the definition of switch `name`; raises SwitchError."""
-    check_name(name)
+    places.check_name(name)
     path = places.definition(name)
     try:
         os.unlink(path)

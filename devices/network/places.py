@@ -8,9 +8,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 
 from devices.network.errors import SwitchError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` can be a switch's, and a part of a file's."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str) -> None:
+    """Raise SwitchError unless `name` can be a switch's."""
+    if not is_name(name):
+        raise SwitchError(
+            f"switch name {name!r}: up to 32 letters, digits, '-', '_' and '.', a letter or digit first", "usage"
+        )
 
 
 def state_dir() -> str:
