@@ -119,9 +119,14 @@ class Service:
         for client in list(self._clients):
             if client is not self._stopper:
                 self._drop(client)
-        tidy()
+        reply: dict[str, Any] = {"ok": True}
+        try:
+            tidy()
+        except PlaneError as error:
+            reply = _refusal(f"{self._name}: {error}", "host")
+            _log(str(error))
         if self._stopper is not None:
-            self._stopper.set_reply({"ok": True})
+            self._stopper.set_reply(reply)
             self._stopper.farewell()
         self._selector.close()
         self._listener.close()
@@ -401,8 +406,7 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
         path = places.running(name, "sock")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            if os.path.lexists(path):
-                os.unlink(path)  # its service was killed, since the lock is ours
+            _remove(path)  # if it is there its service was killed, since the lock is ours
             os.umask(0o177)
             listener.bind(path)
             os.umask(0o077)
@@ -411,7 +415,7 @@ def _run(name: str, tell: Callable[[dict[str, Any]], None]) -> None:
             raise SwitchError(f"switch {name}: {path}: {error.strerror or error}", "host") from error
         service = Service(Switch(definition, plane, reason, nat), listener, heard)
         service.on_visit = _trim_log
-        made.callback(os.unlink, path)
+        made.callback(_remove, path)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: service.stop())
         _log(f"started on the {chosen} plane: {reason}")
@@ -449,6 +453,13 @@ def _listen(interface: str | None) -> socket.socket | None:
     except OSError as error:
         _log(f"no addresses of VMs are learned: {interface}: {error.strerror}")
         return None
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def _trim_log() -> None:

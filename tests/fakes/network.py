@@ -31,6 +31,7 @@ class FakePlane(DataPlane):
         self.mirrors: dict[int, str | None] = {}
         self.table: list[Learned] = []
         self.refusal: str | None = None
+        self.refusal_to_close: str | None = None
         self.closed = 0
 
     def open(self) -> None:
@@ -40,6 +41,8 @@ class FakePlane(DataPlane):
         self.closed += 1
         for number in list(self.ports):
             self.remove_port(number)
+        if self.refusal_to_close is not None:
+            raise PlaneError(self.refusal_to_close)
 
     def add_port(self, number: int, settings: PortSettings) -> int:
         self._check()

@@ -188,6 +188,27 @@ def test_the_log_of_a_service_begins_anew_once_it_is_long(lan: SwitchDefinition)
     port.close()
 
 
+def test_a_service_that_hangs_is_one_line_and_holds_up_no_port(
+    lan: SwitchDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "REPLY_S", 1)
+    port = client.plug("lan", nic())
+    pid = service()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for offloads in range(1000):
+            port.set_offloads(offloads & 15)
+        with pytest.raises(SwitchError, match="switch lan: its service does not answer"):
+            port.change(nic(bandwidth=1_000_000))
+        with pytest.raises(SwitchError, match="switch lan: its service did not answer within 1 s"):
+            client.plug("lan", nic("two"))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    port.change(nic(bandwidth=2_000_000))
+    assert [one["bandwidth"] for one in admin.describe("lan")["ports"]] == [2_000_000]
+    port.close()
+
+
 def test_a_definition_that_is_gone_or_broken_is_one_line_to_the_vm(lan: SwitchDefinition) -> None:
     with pytest.raises(SwitchError, match="no switch other: make it with pyvmm switch create other") as missing:
         client.plug("other", nic())

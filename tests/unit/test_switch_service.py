@@ -416,6 +416,15 @@ def test_stop_is_refused_while_there_are_ports_and_obeyed_after_force() -> None:
         port.close()
 
 
+def test_what_cannot_be_removed_at_the_end_is_told_to_who_asked_for_it(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving() as plane:
+        plane.refusal_to_close = "the bridge is busy"
+        with pytest.raises(SwitchError, match="switch lan: the bridge is busy") as refused:
+            client.ask("lan", protocol.Stop())
+        assert refused.value.kind == "host"
+    assert "the bridge is busy" in capfd.readouterr().err
+
+
 def test_addresses_that_a_nic_claims_are_shown(plane: FakePlane) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     theirs.setblocking(False)
