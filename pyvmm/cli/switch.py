@@ -62,6 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
 
     action("list", "list the switches", named=False)
     action("show", "show a switch, its ports and what they have counted")
+    action("start", "start a switch that does not run, as after the host's restart; its first VM does so too")
     delete = action("delete", "end and forget a switch")
     delete.add_argument("--force", action="store_true", help="also while VMs are on it")
     _add_port(action("port", "show a VM's port, or set it until the VM ends"))

@@ -101,6 +101,13 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def start(args: argparse.Namespace) -> int:
+    """Start one that does not run."""
+    definition.load(args.name)
+    client.start(args.name)
+    return show(args)
+
+
 def delete(args: argparse.Namespace) -> int:
     """End and forget one."""
     admin.delete(args.name, args.force)

@@ -24,6 +24,7 @@ from devices.network.errors import SwitchError
 from devices.network.port import VNET_HEADER_SIZE
 from devices.network.service import MAX_LOG
 from devices.network.settings import VlanMode
+from pyvmm.cli import main
 from tests.fakes.netns import NetworkNamespace
 from tests.fakes.switch_service import nic, use_folders, vm_process
 
@@ -110,6 +111,13 @@ def test_the_first_port_starts_a_service_of_its_own_and_frames_pass(lan: SwitchD
     admin.delete("lan")
     wait_end(pid)
     assert os.listdir(os.path.dirname(places.running("lan", "sock"))) == []
+
+
+def test_a_switch_is_started_by_command(lan: SwitchDefinition) -> None:
+    for _ in range(2):  # the second time it runs already
+        assert main(["switch", "start", "lan"]) == 0
+        assert admin.describe("lan")["state"] == "running"
+    assert main(["switch", "start", "other"]) == 3
 
 
 def test_settings_take_effect_at_once(lan: SwitchDefinition) -> None:
