@@ -162,9 +162,10 @@ class VmBus(Device, Actions):
         )
 
     def gpadl(self, vsp: Vsp, gpadl_id: int) -> Gpadl | None:
-        """Return a GPADL that the guest made for a channel of this device; any thread."""
-        gpadl = self._server.gpadls.get(gpadl_id)
-        if gpadl is None or not gpadl.complete:
+        """Return a GPADL that the guest made for a channel of this device, other than its ring; any thread."""
+        gpadls = self._server.gpadls
+        gpadl = gpadls.get(gpadl_id)
+        if gpadl is None or not gpadl.complete or gpadl.tearing_down or gpadls.is_ring(gpadl):
             return None
         channel = self._channels.get(gpadl.channel_id)
         return gpadl if channel is not None and channel.vsp is vsp else None

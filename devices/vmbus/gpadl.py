@@ -46,7 +46,7 @@ class Gpadl:
     range_count: int
     data: bytearray = field(default_factory=bytearray)
     ranges: tuple[GpadlRange, ...] = ()
-    #: The guest wants it back while an open channel's ring lies in it.
+    #: The guest wants it back; it stays as long as an open channel's ring lies in it.
     tearing_down: bool = False
 
     @property
@@ -148,6 +148,11 @@ class GpadlTable:
                 raise GpadlError(f"the ring overlaps GPADL {other.id:#x}")
         self._rings[gpadl.channel_id] = ring
         return incoming, outgoing
+
+    def is_ring(self, gpadl: Gpadl) -> bool:
+        """Whether the rings of an open channel lie in a GPADL; any thread."""
+        ring = self._rings.get(gpadl.channel_id, frozenset())
+        return any(not ring.isdisjoint(part.pages) for part in gpadl.ranges)
 
     def release_ring(self, channel_id: int) -> None:
         """The channel's rings are no longer in use."""

@@ -516,6 +516,7 @@ class Server:
             self._finish_teardown(offer, gpadl)
 
     def _finish_teardown(self, offer: Offer, gpadl: Gpadl) -> None:
+        gpadl.tearing_down = True  # its device finds it no longer, and is told to let go if it has before
         self.actions.gpadl_released(offer, gpadl.id)
         self.gpadls.remove(gpadl)
         if self.connection is not None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import TextIO
 
-CATEGORIES = ("msr", "hypercall", "synic", "vmbus", "io", "storvsp")
+CATEGORIES = ("msr", "hypercall", "synic", "vmbus", "io", "storvsp", "netvsp")
 
 
 class Tracer:
@@ -39,6 +39,7 @@ class Tracer:
         self.vmbus = "vmbus" in chosen
         self.io = "io" in chosen
         self.storvsp = "storvsp" in chosen
+        self.netvsp = "netvsp" in chosen
         self._stream = stream
         self._clock = clock or Clock()
         self._start = self._clock.now_ns()

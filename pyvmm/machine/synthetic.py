@@ -101,9 +101,9 @@ class SyntheticDevices:
 
     def plug_nic(self, slot: NicSlot) -> None:
         """Show the guest a NIC that was not there."""
-        from devices.synthetic.netvsp.vsp import NetVsp  # VMs without NICs start faster without it
+        from devices.synthetic.netvsp import vsp as netvsp  # VMs without NICs start faster without it
 
-        nic = self._nics[slot.number] = NetVsp(slot.number, slot.mac, subchannels_for(self._vp_count))
+        nic = self._nics[slot.number] = netvsp.NetVsp(slot.number, slot.mac, netvsp.subchannels_for(self._vp_count))
         slot.attach(nic)
         self.bus.add_device(nic)
 

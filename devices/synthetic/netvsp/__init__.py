@@ -1,0 +1,1 @@
+"""The network VSP: synthetic NICs on VMBus."""
