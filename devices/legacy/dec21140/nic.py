@@ -42,16 +42,16 @@ class _Registers(BusHandler):
     """The CSRs, which only double words change."""
 
     def __init__(self, chip: Chip) -> None:
-        self._chip = chip
+        self.chip = chip
 
     def read(self, offset: int, size: int) -> int:
         if offset >= reg.SPACE:
             return reg.ONES
-        return self._chip.read(offset >> 3) >> 8 * (offset & 3) if not offset & 4 else 0
+        return self.chip.read(offset >> 3) >> 8 * (offset & 3) if not offset & 4 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset < reg.SPACE and not offset & 7 and size >= 4:
-            self._chip.write(offset >> 3, value & reg.ONES)
+            self.chip.write(offset >> 3, value & reg.ONES)
 
 
 class Dec21140(PciFunction, Nic):
@@ -62,7 +62,7 @@ class Dec21140(PciFunction, Nic):
         self.mac = mac
         self._worker = worker
         self._clock = clock
-        self._chip = Chip(mac, memory, clock, worker.call_at, self._interrupt_is, self._wake)
+        self.chip = Chip(mac, memory, clock, worker.call_at, self._interrupt_is, self._wake)
         self.define(COMMAND, 2, IO_SPACE | MEMORY_SPACE, 0x7 | _PARITY | _SERR | _INVALIDATE)
         self.define(0x0C, 2, 0, 0xFFFF)  # cache line size, latency timer
         for index, value in enumerate(SUBSYSTEM):
@@ -85,7 +85,7 @@ class Dec21140(PciFunction, Nic):
 
     def place_registers(self, ports: int, memory: int, number: int) -> None:
         """Say where the registers stand at power-on: those of the NIC `number` from `ports` and `memory` on."""
-        registers = _Registers(self._chip)
+        registers = _Registers(self.chip)
         self.define_bar(0, Bar(reg.SPACE, registers, f"{self.name} registers"), ports + number * reg.SPACE)
         base = memory + number * _MEMORY_SIZE
         self.define_bar(1, Bar(_MEMORY_SIZE, registers, f"{self.name} registers", memory=True), base)
@@ -93,7 +93,7 @@ class Dec21140(PciFunction, Nic):
     def write_config(self, offset: int, value: int) -> None:
         super().write_config(offset, value)
         if offset == COMMAND:
-            self._chip.set_bus_master(bool(self.command & BUS_MASTER))
+            self.chip.set_bus_master(bool(self.command & BUS_MASTER))
 
     def _interrupt_is(self, level: bool) -> None:
         self.interrupt.set(level)
@@ -117,16 +117,16 @@ class Dec21140(PciFunction, Nic):
 
     def _try_again(self) -> None:
         self._waiting = False
-        self._chip.auto_poll()
+        self.chip.auto_poll()
         self._work()
 
     def _transmit(self) -> None:
         for _ in range(_BATCH):
             with self._lock:
-                done = self._chip.transmit(self._send)
+                done = self.chip.transmit(self._send)
             if done == MORE:
                 continue
-            delay_ns = _RETRY_NS if done == BUSY else self._chip.auto_poll_ns()
+            delay_ns = _RETRY_NS if done == BUSY else self.chip.auto_poll_ns()
             if delay_ns:
                 self._try_again_in(delay_ns)
             return
@@ -167,7 +167,7 @@ class Dec21140(PciFunction, Nic):
         """Give a frame to the chip; return whether it is done with."""
         if not frame:
             self._dropped += 1
-        elif self._chip.receive(frame):
+        elif self.chip.receive(frame):
             self._receive_until = None
         else:
             now = self._clock.now_ns()
@@ -175,7 +175,7 @@ class Dec21140(PciFunction, Nic):
                 self._receive_until = now + _PATIENCE_NS
             if now < self._receive_until:
                 return False
-            self._chip.miss(1)
+            self.chip.miss(1)
         return True
 
     def _next_frame(self) -> bytes | None:
@@ -201,19 +201,19 @@ class Dec21140(PciFunction, Nic):
         with self._lock:
             before, self._port = self._port, None
             self._held = self._send_until = self._receive_until = None
-            self._chip.set_link(False)
+            self.chip.set_link(False)
             if before is not None:
                 self._worker.remove_event(before.fd)
             self._port = port
             if port is not None:
                 self._worker.add_file(port.fd, self._receive)
-            self._chip.set_link(self._carrier())
+            self.chip.set_link(self._carrier())
         return before
 
     def set_link(self, up: bool) -> None:
         with self._lock:
             self._link = up
-            self._chip.set_link(self._carrier())
+            self.chip.set_link(self._carrier())
 
     def _carrier(self) -> bool:
         return self._link and self._port is not None
@@ -222,29 +222,29 @@ class Dec21140(PciFunction, Nic):
 
     def reset(self) -> None:
         super().reset()
-        self._chip.reset()
-        self._chip.set_bus_master(bool(self.command & BUS_MASTER))
+        self.chip.reset()
+        self.chip.set_bus_master(bool(self.command & BUS_MASTER))
 
     def pause(self) -> None:
         self._worker.pause()
 
     def resume(self) -> None:
-        self._chip.resume()  # edges that came meanwhile are looked for
+        self.chip.resume()  # edges that came meanwhile are looked for
         self._worker.resume()
 
     def close(self) -> None:
         self._worker.stop()
 
     def save(self) -> dict[str, Any]:
-        return {**super().save(), "chip": self._chip.save()}
+        return {**super().save(), "chip": self.chip.save()}
 
     def restore(self, state: dict[str, Any]) -> None:
         chip = state.get("chip")
         if type(chip) is not dict:
             raise ValueError(f"saved state: {self.name} has no 21140")
         super().restore(state)
-        self._chip.restore(chip)
-        self._chip.set_bus_master(bool(self.command & BUS_MASTER))
+        self.chip.restore(chip)
+        self.chip.set_bus_master(bool(self.command & BUS_MASTER))
 
     def inspect(self) -> dict[str, Any]:
         port = self._port
@@ -253,6 +253,6 @@ class Dec21140(PciFunction, Nic):
             "mac": self.mac.hex(":"),
             "link": self._carrier(),
             "port": port.inspect() if port is not None else None,
-            **self._chip.inspect(),
+            **self.chip.inspect(),
             "dropped": self._dropped,
         }

@@ -22,7 +22,7 @@ CLOCK, TO_PHY, READING, FROM_PHY = 1 << 16, 1 << 17, 1 << 18, 1 << 19
 CONTROL, STATUS, ADVERTISEMENT, PARTNER, EXPANSION = 0, 1, 4, 5, 6
 _REGISTERS = 32
 _RESET = 0x8000
-_CAPABILITIES, _NEGOTIATED, _LINK = 0x7809, 0x0020, 0x0004
+_CAPABILITIES, _NEGOTIATED, LINK_UP = 0x7809, 0x0020, 0x0004
 #: At power-on: autonegotiation on and at 100BASE-TX full duplex; 10BASE-T and 100BASE-TX, half and full duplex.
 _POWER_ON = {CONTROL: 0x3100, 2: 0x2000, 3: 0x5C01, ADVERTISEMENT: 0x01E1}
 _WRITABLE = {CONTROL: 0x7D80, ADVERTISEMENT: 0xBFFF}
@@ -58,7 +58,7 @@ class Phy:
         """Read a register. A link that was lost reads so once, whatever it is now."""
         if register == STATUS:
             lost, self._lost = self._lost, not self.link
-            return _CAPABILITIES | (_NEGOTIATED if self.link else 0) | (0 if lost or not self.link else _LINK)
+            return _CAPABILITIES | (_NEGOTIATED if self.link else 0) | (0 if lost or not self.link else LINK_UP)
         if register == PARTNER:
             return _PARTNER_ABILITIES if self.link else 0
         if register == EXPANSION:
