@@ -88,8 +88,9 @@ def icmpv6(kind: int, payload: bytes, *, source: str, to: str) -> bytes:
     return body[:2] + struct.pack(">H", found) + body[4:]
 
 
-def packet4(payload: bytes, protocol: int, source: str = "10.0.0.1", to: str = "10.0.0.2", **how: str) -> bytes:
-    return ethernet(ipv4(payload, protocol, source=source, to=to), IPV4, **how)
+def packet4(payload: bytes, protocol: int, **how: str) -> bytes:
+    """A frame with an IPv4 packet from 10.0.0.1 to 10.0.0.2."""
+    return ethernet(ipv4(payload, protocol, source="10.0.0.1", to="10.0.0.2"), IPV4, **how)
 
 
 class Parts(NamedTuple):

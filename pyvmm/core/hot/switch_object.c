@@ -166,7 +166,7 @@ static void set_port(SwitchObject *self, struct switch_port *port, const struct 
 		port->most = !most || most > QUEUE_BYTES ? QUEUE_BYTES : most < QUEUE_LEAST ? QUEUE_LEAST : most;
 	}
 	switch_watch(self);
-	port_arm(self, port);
+	port_send_waiting(self, port); // which nothing may hold up any more
 }
 
 static bool parse_settings(PyObject *kwargs, struct settings *settings)
