@@ -65,11 +65,11 @@ class ProcessPlane(DataPlane):
         """Nothing is ever left of an earlier life: interfaces and sockets end with their process."""
         definition = self.definition
         if definition.type in ("internal", "nat"):
-            fd = _make_tap(definition.host_interface, definition.mtu)
+            fd = make_tap(definition.host_interface, definition.mtu)
             self._switch.add_port(_OUTSIDE, "tap", fd)
             self.host_interface = definition.host_interface
         elif definition.interface is not None:
-            fd, mac = _open_uplink(definition.interface)
+            fd, mac = open_uplink(definition.interface)
             # Its own address is known, so that what comes for the host itself isn't for VMs.
             self._switch.add_port(_OUTSIDE, "packet", fd, tagged=range(MIN_VLAN, MAX_VLAN + 1), mac=mac)
         self._thread = threading.Thread(target=self._main, name=f"switch {definition.name}", daemon=True)
@@ -166,7 +166,7 @@ def _set_buffer(end: socket.socket, force: int, option: int, size: int) -> None:
 # The host ---------------------------------------------------------------------------------------------
 
 
-def _make_tap(name: str, mtu: int) -> int:
+def make_tap(name: str, mtu: int) -> int:
     """The descriptor of a new TAP that is up."""
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -192,7 +192,7 @@ def _make_tap(name: str, mtu: int) -> int:
     return fd
 
 
-def _open_uplink(name: str) -> tuple[int, bytes]:
+def open_uplink(name: str) -> tuple[int, bytes]:
     """A socket of all frames of the interface, the descriptor, and the interface's own address."""
     kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     try:

@@ -60,11 +60,12 @@ class Nic:
     def receive(self) -> tuple[bytes, bytes]:
         """The next header and frame that isn't a marker; fails if none comes."""
         while True:
-            header, frame = self._read()
+            header, frame = self.read()
             if _MARK not in frame and not _is_chatter(frame):
                 return header, frame
 
-    def _read(self) -> tuple[bytes, bytes]:
+    def read(self) -> tuple[bytes, bytes]:
+        """The next header and frame of all."""
         assert select.select([self.fd], [], [], PATIENCE_S)[0], "nothing arrives"
         message = os.read(self.fd, MAX_FRAME)
         return message[:VNET], message[VNET:]
@@ -84,7 +85,7 @@ class Nic:
             mark = frames.ethernet(b"marker %d" % next(_COUNT), 0x88B5, source=witness.mac)
             seen = frames.tagged(mark, tag) if tag else mark
             witness.send(mark)
-            while (got := self._read()[1]) != seen:
+            while (got := self.read()[1]) != seen:
                 if _MARK not in got and not _is_chatter(got):
                     result.append(got)
         return result
