@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from devices.network import admin, client, definition, places, protocol
+from devices.network import admin, client, definition, places, planes, protocol
 from devices.network.definition import PlaneChoice, SwitchDefinition, SwitchType
 from devices.network.errors import SwitchError
 from devices.network.port import VNET_HEADER_SIZE
@@ -312,13 +312,27 @@ def arp(source: str, address: bytes, wanted: bytes) -> bytes:
     return frame("ff:ff:ff:ff:ff:ff", source, body, 0x0806)
 
 
-INTERNAL = SwitchDefinition(
-    name="lan", type=SwitchType.INTERNAL, addresses=("192.168.77.1/24", "fd00:77::1/64"), plane=PlaneChoice.PROCESS
-)
+#: The planes that this host has: in the lab, both.
+PLANES = [PlaneChoice.PROCESS, *([PlaneChoice.KERNEL] if planes.examine()["vlan_filtering"].there else [])]
 
 
-def test_the_host_is_on_an_internal_switch_from_its_making_to_its_end(host: NetworkNamespace) -> None:
-    host.run(lambda: admin.create(INTERNAL))
+@pytest.fixture(params=PLANES, ids=str)
+def internal(request: pytest.FixtureRequest) -> SwitchDefinition:
+    """A switch that is not made yet."""
+    addresses = ("192.168.77.1/24", "fd00:77::1/64")
+    return SwitchDefinition(name="lan", type=SwitchType.INTERNAL, addresses=addresses, plane=request.param)
+
+
+@pytest.fixture(params=PLANES, ids=str)
+def external(request: pytest.FixtureRequest) -> SwitchDefinition:
+    """The same, for an interface that may be made."""
+    return SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="eth7", plane=request.param)
+
+
+def test_the_host_is_on_an_internal_switch_from_its_making_to_its_end(
+    host: NetworkNamespace, internal: SwitchDefinition
+) -> None:
+    host.run(lambda: admin.create(internal))
     assert admin.describe("lan")["host_interface"] == "pv-lan"
     shown = host.command("ip", "-o", "address", "show", "pv-lan", "scope", "global")
     assert "192.168.77.1/24" in shown and "fd00:77::1/64" in shown and "tentative" not in shown
@@ -332,8 +346,10 @@ def test_the_host_is_on_an_internal_switch_from_its_making_to_its_end(host: Netw
     assert "pv-lan" not in host.command("ip", "link")
 
 
-def test_what_a_killed_service_left_of_the_hosts_is_replaced_and_deleted(host: NetworkNamespace) -> None:
-    host.run(lambda: admin.create(INTERNAL))
+def test_what_a_killed_service_left_of_the_hosts_is_replaced_and_deleted(
+    host: NetworkNamespace, internal: SwitchDefinition
+) -> None:
+    host.run(lambda: admin.create(internal))
     for _ in range(2):
         pid = service()
         os.kill(pid, signal.SIGKILL)
@@ -350,11 +366,12 @@ def test_what_a_killed_service_left_of_the_hosts_is_replaced_and_deleted(host: N
     assert definition.names() == [] and os.listdir(os.path.dirname(places.running("lan", "sock"))) == []
 
 
-def test_vms_are_on_the_network_that_an_external_switch_is_joined_to(host: NetworkNamespace) -> None:
+def test_vms_are_on_the_network_that_an_external_switch_is_joined_to(
+    host: NetworkNamespace, external: SwitchDefinition
+) -> None:
     host.command("ip", "link", "add", "eth7", "up", "type", "veth", "peer", "name", "far")
     host.command("ip", "link", "set", "far", "up")
-    made = SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="eth7", plane=PlaneChoice.PROCESS)
-    host.run(lambda: admin.create(made))
+    host.run(lambda: admin.create(external))
     port = client.plug("lan", nic())
 
     def listen() -> socket.socket:
@@ -375,16 +392,15 @@ def test_vms_are_on_the_network_that_an_external_switch_is_joined_to(host: Netwo
     host.command("ip", "link", "del", "eth7")
 
 
-def test_an_uplink_that_is_not_there_leaves_no_switch(host: NetworkNamespace) -> None:
-    made = SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="eth7", plane=PlaneChoice.PROCESS)
-    with pytest.raises(SwitchError, match="switch lan: uplink eth7: no interface with this name") as refused:
-        host.run(lambda: admin.create(made))
+def test_an_uplink_that_is_not_there_leaves_no_switch(host: NetworkNamespace, external: SwitchDefinition) -> None:
+    with pytest.raises(SwitchError, match=r"switch lan: uplink eth7: .*no ") as refused:
+        host.run(lambda: admin.create(external))
     assert refused.value.kind == "host" and definition.names() == []
 
 
-def test_an_address_that_the_host_refuses_leaves_no_switch(host: NetworkNamespace) -> None:
+def test_an_address_that_the_host_refuses_leaves_no_switch(host: NetworkNamespace, internal: SwitchDefinition) -> None:
     host.run(lambda: Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1"))
     with pytest.raises(SwitchError, match="pv-lan cannot have the addresses") as refused:
-        host.run(lambda: admin.create(INTERNAL))
+        host.run(lambda: admin.create(internal))
     assert refused.value.kind == "host"
     assert definition.names() == [] and "pv-lan" not in host.command("ip", "link")
