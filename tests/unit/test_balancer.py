@@ -60,6 +60,10 @@ class Rig:
     def state(self, index: int) -> str:
         return self.follower.statistics()[f"vm{index}"]["status"]
 
+    def sessions(self) -> list[str]:
+        found = self.follower.statistics()
+        return [found[f"vm{index}"]["scur"] for index in range(len(self.balancer.backends))]
+
     def ask(self, count: int = 1, source: str = "") -> Counter[str]:
         return Counter(ask(self.balancer.port, source=source) for _ in range(count))
 
@@ -101,10 +105,11 @@ def test_a_drained_vm_ends_what_it_has_and_gets_nothing_new(rig: Rig) -> None:
     rig.set(backends=[rig.backend("a"), msgspec.structs.replace(rig.backend("b"), draining=True)])
     rig.start()
     assert rig.ask(10) == {"a": 10}
+    eventually(lambda: rig.sessions() == ["0", "0"])
     held: list[str] = []
     request = threading.Thread(target=lambda: held.append(ask(rig.balancer.port, path="/held")))
     request.start()
-    eventually(lambda: rig.follower.statistics()["vm0"]["scur"] == "1")
+    eventually(lambda: rig.sessions() == ["1", "0"])
     rig.set(backends=[msgspec.structs.replace(rig.backend("a"), draining=True), rig.backend("b")])
     rig.follower.step()
     assert rig.ask(10) == {"b": 10}
@@ -137,11 +142,15 @@ def test_by_source_the_same_address_always_gets_the_same_vm(rig: Rig) -> None:
 def test_least_connections_prefers_the_idle_vm(rig: Rig) -> None:
     rig.set(algorithm=Algorithm.LEAST_CONNECTIONS)
     rig.start()
+    eventually(lambda: rig.sessions() == ["0", "0"])
     busy: list[str] = []
     request = threading.Thread(target=lambda: busy.append(ask(rig.balancer.port, path="/held")))
     request.start()
-    eventually(lambda: "1" in (rig.follower.statistics()[name]["scur"] for name in ("vm0", "vm1")))
-    (idle,) = rig.ask(10)
+    found: set[str] = set()
+    for _ in range(5):
+        eventually(lambda: sorted(rig.sessions()) == ["0", "1"])  # the request before has ended there too
+        found.update(rig.ask())
+    (idle,) = found
     for web in rig.webs.values():
         web.go_on.set()
     request.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 from devices.network import places
+from devices.network.errors import SwitchError
 from pyvmm.host.balancer import store
 from pyvmm.host.balancer.definition import BalancerError
 from pyvmm.host.balancer.follower import Follower
@@ -30,20 +32,25 @@ _STOP_S = 15.0
 
 
 def locate() -> dict[str, str]:
-    """The address of each VM that is plugged into a switch with the host on it, IPv4 before IPv6."""
+    """The address of each VM that is plugged into a switch and has been heard there, IPv4 before IPv6.
+
+    Where the host has addresses on the switch, those of its networks come before others.
+    """
     from devices.network import client, definition, protocol
-    from devices.network.errors import SwitchError
 
     found: dict[str, str] = {}
-    for switch in definition.load_all():
+    for switch in definition.names():
         try:
-            ports = client.ask(switch.name, protocol.Show())["ports"]
-        except SwitchError:  # not running: nobody is on it
+            shown = client.ask(switch, protocol.Show())
+        except SwitchError:  # nobody is plugged in where no service runs
             continue
-        for port in ports:
-            usable = [address for address in port["addresses"] if not address.lower().startswith("fe80:")]
+        networks = [ipaddress.ip_interface(address).network for address in shown["addresses"]]
+        for port in shown["ports"]:
+            addresses = [ipaddress.ip_address(address) for address in port["addresses"]]
+            usable = [address for address in addresses if not address.is_link_local]
             if port["link"] and usable:
-                found.setdefault(port["vm"], min(usable, key=lambda address: ":" in address))
+                near = [address for address in usable if any(address in network for network in networks)]
+                found.setdefault(port["vm"], str(min(near or usable, key=lambda address: address.version)))
     return found
 
 
