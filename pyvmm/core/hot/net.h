@@ -14,6 +14,7 @@
 #include "net_frame.h"
 #include "ring.h"
 #include "visit.h"
+#include "watch.h"
 
 #include <sys/uio.h>
 
@@ -27,7 +28,7 @@ enum {
 	NET_HASHED = 36, // most bytes of a frame that are hashed
 	NET_TABLE = 128,
 
-	NET_BATCH = 64, // packets from the guest, or frames from the port, before the other side gets to know
+	NET_BATCH = 64, // frames from the port, or completions, before the guest gets to know
 	NET_MAX_RANGES = 375,
 	NET_MAX_PACKET = 8192, // what follows a packet's descriptor
 	NET_MAX_PIECES = 512,  // of guest memory that one packet names
@@ -196,6 +197,7 @@ typedef struct NetQueueObject {
 	_Atomic bool running;	   // others may write into the outgoing ring; changed under its lock
 	_Atomic bool owes_signal;  // others did, and have left it to Python to tell the guest
 	bool masked;		   // the guest need not signal
+	struct watch watch;
 	bool blocked;		   // the port takes nothing for now
 	// What is sent already of the packet at the head of the ring, and how that ended.
 	uint32_t resume_at, resume_status;

@@ -3,6 +3,7 @@
 #include "net.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -10,6 +11,8 @@
 enum {
 	// Batches before the worker looks after other things.
 	ROUNDS = 32,
+	// Packets from the guest before it gets to know: soon enough for it to go on meanwhile.
+	BATCH = 32,
 
 	PACKET_INBAND = 6,
 	PACKET_GPA_DIRECT = 9,
@@ -163,7 +166,7 @@ static enum taken take(NetQueueObject *queue, struct net_outcome *outcome, unsig
 	enum taken taken = TAKEN_ALL;
 	uint32_t available = ring_used(ring, in, out);
 	while (available && !outcome->broken) {
-		if (*count == NET_BATCH) {
+		if (*count == BATCH) {
 			taken = TAKEN_SOME;
 			break;
 		}
@@ -207,6 +210,26 @@ static void start(NetQueueObject *queue)
 	pthread_mutex_unlock(&queue->outgoing->write_lock);
 }
 
+// Watches the empty ring, and the port that gives nothing, for a while. Returns whether there is something to do.
+static bool watch(NetQueueObject *queue)
+{
+	struct pollfd port = {.fd = !queue->index && net_receiving(queue->device) ? queue->device->fd : -1, .events = POLLIN};
+	uint64_t now = watch_clock_ns();
+	if (!watch_begin(&queue->watch, now))
+		return false;
+	for (; watch_goes_on(&queue->watch, now); now = watch_clock_ns()) {
+		if (ring_has_more(queue) || (port.fd >= 0 && poll(&port, 1, 0) > 0)) {
+			queue->watch.vain = 0;
+			return true;
+		}
+		if (atomic_load(&queue->owes_signal) || visit_waits(&queue->lock))
+			return true;
+		__builtin_ia32_pause();
+	}
+	queue->watch.vain++;
+	return false;
+}
+
 void net_queue_serve(NetQueueObject *queue, struct net_outcome *outcome)
 {
 	if (!queue->attached) {
@@ -239,12 +262,15 @@ void net_queue_serve(NetQueueObject *queue, struct net_outcome *outcome)
 		}
 		if (count || more) {
 			set_mask(queue, true);
+			watch_worked(&queue->watch);
 			continue;
 		}
 		if (taken == TAKEN_BLOCKED) {
 			outcome->idle = true;
 			return;
 		}
+		if (watch(queue))
+			continue;
 		set_mask(queue, false);
 		if (!ring_has_more(queue)) {
 			outcome->idle = !atomic_load(&queue->owes_signal);

@@ -11,6 +11,7 @@
 #include "ring.h"
 #include "uring.h"
 #include "visit.h"
+#include "watch.h"
 
 #include <sys/uio.h>
 
@@ -91,8 +92,7 @@ typedef struct StorageQueueObject {
 	unsigned in_flight; // requests of which the kernel has a part
 	uint16_t in_flight_of[STORAGE_LUNS];
 	bool masked;        // the guest need not signal
-	uint64_t idle_since, watch_ns;
-	unsigned vain; // times that the ring was watched, or not, since it last paid
+	struct watch watch;
 	_Atomic uint64_t packets_in, packets_out, signals;
 } StorageQueueObject;
 

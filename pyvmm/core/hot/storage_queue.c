@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -18,20 +17,7 @@ enum {
 	ROUNDS = 32,
 	// Bytes to move before the guest gets to know.
 	BATCH_BYTES = 64 << 10,
-	// How long an empty ring is watched; KVM's own halt_poll_ns has the same bound. See `note_work`.
-	WATCH_MIN_NS = 20 * 1000,
-	WATCH_MAX_NS = 200 * 1000,
-	// After so many times in vain the ring is not watched for the next times: the guest may want this very CPU.
-	WATCH_TRIES = 8,
-	WATCH_RESTS = 256,
 };
-
-static uint64_t clock_ns(void)
-{
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
 
 // All queues ---------------------------------------------------------------------------------------
 
@@ -265,7 +251,7 @@ static bool complete(StorageQueueObject *queue, struct storage_outcome *outcome)
 	bool signal = false;
 	if (!queue->done_count)
 		return true;
-	uint64_t now = clock_ns();
+	uint64_t now = watch_clock_ns();
 	pthread_mutex_lock(&ring->write_lock);
 	if (ring_load_index(ring, &ring->control->out, &out)) {
 		uint32_t in = ring->in, free = ring_free(ring, in, out);
@@ -312,7 +298,7 @@ static enum taken take(StorageQueueObject *queue, uint16_t batch[BATCH], unsigne
 		return TAKEN_SLOW;
 	enum taken taken = TAKEN_ALL;
 	uint32_t available = ring_used(ring, in, out);
-	uint64_t now = available ? clock_ns() : 0;
+	uint64_t now = available ? watch_clock_ns() : 0;
 	while (available && taken == TAKEN_ALL) {
 		if (*count == BATCH) {
 			taken = TAKEN_SOME;
@@ -351,49 +337,31 @@ static bool ring_has_more(const StorageQueueObject *queue)
 	return atomic_load_explicit(&queue->incoming->control->in, memory_order_acquire) != queue->incoming->out;
 }
 
-// Watches the empty ring for a while before the worker sleeps: a guest whose packets are seen in time saves the exit for
-// its signal, and the worker the way out of its sleep. Returns whether there is something to do.
+// Watches the empty ring for a while. Returns whether there is something to do.
 static bool watch(StorageQueueObject *queue)
 {
-	uint64_t now = clock_ns();
-	if (!queue->idle_since)
-		queue->idle_since = now;
-	if (!queue->watch_ns)
+	uint64_t now = watch_clock_ns();
+	if (!watch_begin(&queue->watch, now))
 		return false;
-	if (queue->vain >= WATCH_TRIES) {
-		queue->vain = queue->vain < WATCH_TRIES + WATCH_RESTS ? queue->vain + 1 : 0;
-		return false;
-	}
-	for (; now - queue->idle_since < queue->watch_ns; now = clock_ns()) {
+	for (; watch_goes_on(&queue->watch, now); now = watch_clock_ns()) {
 		reap(queue);
 		if (ring_has_more(queue)) {
-			queue->vain = 0;
+			queue->watch.vain = 0;
 			return true;
 		}
 		if (queue->done_count || queue->failed_count || visit_waits(&queue->lock))
 			return true;
 		__builtin_ia32_pause();
 	}
-	queue->vain++;
+	queue->watch.vain++;
 	return false;
 }
 
-// There are packets. The while grows as long as they come before the longest one is over, and is nothing otherwise, as
-// with KVM's polling in HLT (Documentation/virt/kvm/halt-polling.rst).
 static void note_work(StorageQueueObject *queue)
 {
 	if (!queue->masked)
 		ring_set_mask(queue->incoming, queue->masked = true);
-	if (!queue->idle_since)
-		return;
-	uint64_t idle = clock_ns() - queue->idle_since;
-	if (idle > WATCH_MAX_NS)
-		queue->watch_ns = 0;
-	else if (idle > queue->watch_ns)
-		queue->watch_ns = !queue->watch_ns		       ? WATCH_MIN_NS
-				  : queue->watch_ns < WATCH_MAX_NS / 2 ? 2 * queue->watch_ns
-								       : WATCH_MAX_NS;
-	queue->idle_since = 0;
+	watch_worked(&queue->watch);
 }
 
 void storage_serve(StorageQueueObject *queue, struct storage_outcome *outcome)
