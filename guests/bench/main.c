@@ -1,16 +1,9 @@
-/* Measures a disk. The command line has `disk=DRIVER` and tests, each OPERATION:BYTES:DEPTH:MILLISECONDS, such as
- * `randread:4096:32:500`. For each there is a line on COM1:
+/* Measures a disk, or a NIC. The command line has `disk=DRIVER` or `nic=DRIVER` and tests, each
+ * OPERATION:BYTES:DEPTH:MILLISECONDS, such as `randread:4096:32:500`. For each there is a line on COM1:
  *
  *     bench: storvsc.randread_4096_32 = 51234 requests 500012 us 312 kicks ok
- *
- * Each 4 KiB block of the disk has its own number in all its 64-bit words, which is what writes write; the verdict is
- * `ok` if no request failed and every block that was read begins and ends with its number.
  */
 #include "bench.h"
-
-#define BLOCK_SECTORS (PAGE_SIZE / SECTOR_SIZE)
-#define BLOCK_WORDS (PAGE_SIZE / sizeof(u64))
-#define POISON 0xbadbadbadbadbadull
 
 #define EXIT_PORT 0xf4 /* QEMU's isa-debug-exit, as pyvmm's --testdev has it too */
 #define PM_TIMER 0x608 /* where QEMU's firmware and pyvmm put it (ACPI 6.5, 4.8.3.3) */
@@ -21,27 +14,14 @@
 #define CODE_SELECTOR 0x10
 #define TASK_SELECTOR 0x30
 
-struct test {
-    char name[32]; /* as in the report */
-    bool write, random;
-    u32 bytes, depth, milliseconds;
-    u64 requests, ticks;
-    u32 kicks, failures, wrong;
-};
-
-static const struct {
-    const char *name;
-    bool write, random;
-} operations[] = {{"read", false, false}, {"write", true, false}, {"randread", false, true}, {"randwrite", true, true}};
-
-static struct driver *const drivers[] = {&storvsc, &virtio_blk, &ide_pio, &ide_dma};
+static struct subject *const subjects[] = {&disk, &nic};
 
 extern u64 gdt[];
 extern u8 user_end[];
 _Noreturn void leave_user(void);
 
 u64 tsc_per_ms = 3000000; /* until it is measured */
-u8 buffers[MAX_DEPTH][MAX_BYTES] __attribute__((aligned(4096)));
+struct test test;
 
 static struct {
     u32 reserved0;
@@ -54,12 +34,7 @@ static struct {
     u8 denied[65536 / 8 + 1]; /* no port is; bits beyond the last one are read too, and the last byte has to be set */
 } __attribute__((packed)) task = {.io_map = 104, .denied[65536 / 8] = 0xff};
 
-static struct driver *driver;
-static struct test test;
-static u64 disk_blocks;
-static u64 blocks[MAX_DEPTH]; /* where each slot's request begins */
-static u64 next_block;
-static u64 random_state = 0x9e3779b97f4a7c15ull;
+static struct subject *subject;
 static u32 passed, failed;
 
 /* The environment --------------------------------------------------------------------------------------- */
@@ -83,7 +58,7 @@ void on_trap(struct frame *frame)
 void fail(const char *why)
 {
     failed++;
-    print("bench: disk.start = - bad ");
+    print("bench: bench.start = - bad ");
     print(why);
     print("\n");
 }
@@ -114,94 +89,20 @@ static void calibrate(void)
 
 /* Tests ----------------------------------------------------------------------------------------------------- */
 
-/* xorshift64* (S. Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled"). */
-static u32 random_number(void)
-{
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return (u32)(random_state * 0x2545f4914f6cdd1dull >> 32);
-}
-
-static void begin(u32 slot)
-{
-    u32 count = test.bytes / PAGE_SIZE;
-    u64 *at = (u64 *)buffers[slot], block;
-
-    if (test.random) {
-        block = ((u64)random_number() * (disk_blocks / count) >> 32) * count;
-    } else {
-        block = next_block;
-        next_block = block + 2 * count > disk_blocks ? 0 : block + count;
-    }
-    blocks[slot] = block;
-    for (; count--; at += BLOCK_WORDS, block++) {
-        if (test.write)
-            for (u32 i = 0; i < BLOCK_WORDS; i++)
-                at[i] = block;
-        else
-            at[0] = at[BLOCK_WORDS - 1] = POISON;
-    }
-    driver->submit(slot, test.write, blocks[slot] * BLOCK_SECTORS, test.bytes);
-}
-
-static void end(u32 slot, bool good)
-{
-    const u64 *at = (const u64 *)buffers[slot];
-    u64 block = blocks[slot];
-
-    test.requests++;
-    test.failures += !good;
-    for (u32 count = test.bytes / PAGE_SIZE; count--; at += BLOCK_WORDS, block++)
-        if (at[0] != block || at[BLOCK_WORDS - 1] != block) {
-            test.wrong++;
-            return;
-        }
-}
-
-/* All requests that are over are taken and begun anew before the host is told, once for all of them. */
-static void run(void)
-{
-    u64 start = rdtsc(), limit = test.milliseconds * tsc_per_ms;
-    u32 running = 0;
-    bool untold = true;
-
-    while (running < test.depth)
-        begin(running++);
-    while (running) {
-        bool good;
-        int slot = driver->poll(&good);
-
-        if (slot >= 0) {
-            end((u32)slot, good);
-            if (rdtsc() - start < limit) {
-                begin((u32)slot);
-                untold = true;
-            } else {
-                running--;
-            }
-        } else if (untold) {
-            driver->kick();
-            untold = false;
-        } else {
-            pause();
-        }
-    }
-    test.ticks = rdtsc() - start;
-}
-
 static void report(void)
 {
     bool good = !test.failures && !test.wrong;
 
     *(good ? &passed : &failed) += 1;
     print("bench: ");
-    print(driver->name);
+    print(subject->driver);
     print(".");
     print(test.name);
     print(" = ");
-    print_decimal((u32)test.requests);
-    print(" requests ");
+    print_decimal((u32)test.done);
+    print(" ");
+    print(subject->unit);
+    print(" ");
     print_decimal((u32)(test.ticks * 1000 / tsc_per_ms));
     print(" us ");
     print_decimal(test.kicks);
@@ -239,21 +140,18 @@ static bool parse(const char *at)
         length++;
     if (at[length] != ':')
         return false;
-    for (u32 i = 0; i < sizeof(operations) / sizeof(operations[0]); i++) {
-        const char *name = operations[i].name, *from = at;
+    for (u32 i = 0; i < MAX_OPERATIONS && subject->operations[i]; i++) {
+        const char *name = subject->operations[i], *from = at;
 
         if (memcmp(name, at, length) || name[length])
             continue;
         memset(&test, 0, sizeof(test));
-        test.write = operations[i].write;
-        test.random = operations[i].random;
         at = number(at + length + 1, &test.bytes);
         at = number(at, &test.depth);
         number(at, &test.milliseconds);
         for (at_name = 0; at_name < sizeof(test.name) - 1 && from < at - 1; from++)
             test.name[at_name++] = *from == ':' ? '_' : *from;
-        return test.bytes && test.bytes % PAGE_SIZE == 0 && test.bytes <= MAX_BYTES && test.depth &&
-               test.depth <= driver->depth && test.milliseconds && test.bytes / PAGE_SIZE <= disk_blocks;
+        return test.bytes && test.depth && test.milliseconds && subject->prepare(i);
     }
     return false;
 }
@@ -265,9 +163,9 @@ static void run_tests(void)
 
     while (*at) {
         if (parse(at)) {
-            kicks = driver->kicks;
-            run_as_user(run);
-            test.kicks = driver->kicks - kicks;
+            kicks = subject->kicks();
+            run_as_user(subject->run);
+            test.kicks = subject->kicks() - kicks;
             report();
         }
         while (*at && *at != ' ')
@@ -277,21 +175,16 @@ static void run_tests(void)
     }
 }
 
-static bool start_driver(void)
+static bool start(void)
 {
-    u64 sectors;
-
-    for (u32 i = 0; i < sizeof(drivers) / sizeof(drivers[0]); i++)
-        if (lists("disk=", drivers[i]->name))
-            driver = drivers[i];
-    if (!driver) {
-        fail("no such disk=");
+    for (u32 i = 0; i < sizeof(subjects) / sizeof(subjects[0]); i++)
+        if (has_key(subjects[i]->key))
+            subject = subjects[i];
+    if (!subject) {
+        fail("neither disk= nor nic=");
         return false;
     }
-    if (!driver->start(&sectors))
-        return false;
-    disk_blocks = sectors / BLOCK_SECTORS;
-    return true;
+    return subject->start();
 }
 
 void bench_main(u32 multiboot);
@@ -303,7 +196,7 @@ void bench_main(u32 multiboot)
     print("bench: TSC of ");
     print_decimal((u32)tsc_per_ms);
     print(" kHz\n");
-    if (start_driver())
+    if (start())
         run_tests();
     print("bench: done ");
     print_decimal(passed);

@@ -14,7 +14,7 @@ BLOCK = 4096
 #: What the guest's exit makes of QEMU's isa-debug-exit, which pyvmm's --testdev is too, if all data was right.
 _EXIT_GOOD = 1
 _TIMEOUT_S = 60.0
-_VALUE = re.compile(r"(\d+) requests (\d+) us (\d+) kicks")
+_VALUE = re.compile(r"(\d+) (?:requests|frames) (\d+) us (\d+) kicks")
 
 
 class MeasureError(Exception):
@@ -23,7 +23,8 @@ class MeasureError(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """What the guest does for some time: `operation` is read, write, randread or randwrite, `size` in bytes."""
+    """What the guest does for some time, with `size` bytes each time: `operation` is read, write, randread or randwrite
+    of a disk, send or receive of a NIC."""
 
     operation: str
     size: int
@@ -43,7 +44,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the guest counted in one test. `kicks` are the exits by which it told the host of requests."""
+    """What the guest counted in one test: requests, or frames. `kicks` are the exits by which it told the host."""
 
     requests: int
     microseconds: int
@@ -63,28 +64,51 @@ def write_image(path: Path, size: int) -> None:
             file.write(block.to_bytes(8, "little") * (BLOCK // 8))
 
 
-def command_line(driver: str, tests: Sequence[Workload]) -> str:
-    """What the guest does, and by which driver: storvsc, virtio-blk, ide-pio or ide-dma."""
-    return " ".join([f"disk={driver}", *(test.word for test in tests)])
+def command_line(subject: str, tests: Sequence[Workload]) -> str:
+    """What the guest does: ``disk=DRIVER`` or ``nic=DRIVER``, and tests."""
+    return " ".join([subject, *(test.word for test in tests)])
 
 
 def pyvmm_command(elf: Path, console: Path, image: Path, driver: str, tests: Sequence[Workload]) -> list[str]:
-    """The command that runs the guest under pyvmm, with its disk where the driver looks for it."""
+    """The command that measures a disk under pyvmm, by storvsc, ide-pio or ide-dma, where the driver looks for it."""
     disk = f"{image},bus=ide" if driver.startswith("ide") else str(image)
-    cmdline = command_line(driver, tests)
+    return [*_pyvmm(elf, console, command_line(f"disk={driver}", tests)), "--disk", disk]
+
+
+def pyvmm_nic_command(elf: Path, console: Path, tap: str, tests: Sequence[Workload]) -> list[str]:
+    """The command that measures netvsc under pyvmm on the TAP interface named."""
+    return [*_pyvmm(elf, console, command_line("nic=netvsc", tests)), "--nic", f"tap={tap}"]
+
+
+def _pyvmm(elf: Path, console: Path, cmdline: str) -> list[str]:
     command = pyvmm(elf, console, cpus=1, memory="64M", cmdline=cmdline, enlightenments="full")
-    return [*command, "--disk", disk, "--testdev", "--timeout", str(_TIMEOUT_S)]
+    return [*command, "--testdev", "--timeout", str(_TIMEOUT_S)]
 
 
 def qemu_command(elf: Path, console: Path, image: Path, driver: str, tests: Sequence[Workload]) -> list[str]:
-    """The command that runs the guest under QEMU, with what makes its virtio-blk fastest."""
+    """The command that measures virtio-blk under QEMU, with what makes that fastest."""
+    return [
+        *_qemu(elf, console, command_line(f"disk={driver}", tests)),
+        *("-drive", f"if=none,id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
+        *("-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=disk,iothread=io"),
+    ]
+
+
+def qemu_nic_command(elf: Path, console: Path, tap: str, tests: Sequence[Workload]) -> list[str]:
+    """The command that measures virtio-net under QEMU on the TAP interface named, without the kernel's vhost."""
+    return [
+        *_qemu(elf, console, command_line("nic=virtio-net", tests)),
+        *("-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no,vhost=off"),
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+    ]
+
+
+def _qemu(elf: Path, console: Path, cmdline: str) -> list[str]:
     cpu = "qemu64" if Path("/sys/module/kvm_pvm").exists() else "host"
     return [
         *("timeout", str(_TIMEOUT_S), "qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", cpu, "-m", "64"),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}", "-kernel", str(elf)),
-        *("-append", command_line(driver, tests), "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-        *("-drive", f"if=none,id=disk,format=raw,file={image},cache=writeback,aio=io_uring"),
-        *("-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=disk,iothread=io"),
+        *("-append", cmdline, "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
     ]
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pyvmm.core.kvm.system import kvm_kind
 from pyvmm.machine.outcome import MachineError
-from tests.bench import disk, exits, idle, net, startup, storage, switch
+from tests.bench import disk, exits, idle, net, packets, startup, storage, switch
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 
@@ -32,6 +32,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Path, int], list[Figure]], int]] = {
     "page": (exits.page, 1),
     "hypercall": (exits.hypercall, 9),
     "storage": (storage.measure_all, 7),
+    "packets": (packets.measure_all, 7),
     "convert": (disk.convert, 5),
     "open": (disk.open_large, 9),
     "idle": (idle.measure, 3),

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from guests.bench.build import build
-from guests.bench.run import BLOCK, MeasureError, Workload, measure, pyvmm_command, qemu_command, write_image
+from guests.bench.run import (
+    BLOCK,
+    MeasureError,
+    Workload,
+    measure,
+    pyvmm_command,
+    pyvmm_nic_command,
+    qemu_command,
+    qemu_nic_command,
+    write_image,
+)
+from tests.bench.native import compile_c
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.kvm
 
 _SIZE = 1 << 20
 _MS = 300
+_FRAME_TYPE = 0x88B5
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _LEGS: dict[str, tuple[Callable[..., list[str]], str]] = {
     "pyvmm": (pyvmm_command, "storvsc"),
     "QEMU": (qemu_command, "virtio-blk"),
@@ -94,3 +110,39 @@ def test_a_driver_without_its_device_says_so(guest: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(MeasureError, match="no virtio-blk on PCI"):
         measure(command, tmp_path / "com1")
+
+
+@pytest.fixture
+def tap() -> Iterator[str]:
+    name = f"pvt{os.getpid()}"
+    subprocess.run(["ip", "tuntap", "add", "dev", name, "mode", "tap"], check=True)
+    subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    yield name
+    subprocess.run(["ip", "link", "delete", name], check=True)
+
+
+_NICS: dict[str, Callable[..., list[str]]] = {"pyvmm": pyvmm_nic_command, "QEMU": qemu_nic_command}
+
+
+@pytest.mark.parametrize("monitor", list(_NICS))
+def test_frames_that_are_sent_come_out_of_the_tap_in_order(guest: Path, tmp_path: Path, tap: str, monitor: str) -> None:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_FRAME_TYPE)) as host:
+        host.bind((tap, _FRAME_TYPE))
+        host.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
+        test = Workload("send", 60, 4, 20)
+        (found,) = measure(_NICS[monitor](guest, tmp_path / "com1", tap, [test]), tmp_path / "com1").values()
+        host.setblocking(False)
+        for number in range(min(found.requests, 10000)):
+            frame = host.recv(2048)
+            assert (len(frame), frame[12:14]) == (60, b"\x88\xb5")
+            assert int.from_bytes(frame[16:24], "little") == number
+
+
+@pytest.mark.parametrize("monitor", list(_NICS))
+def test_frames_that_come_are_taken_whole_and_in_order(guest: Path, tmp_path: Path, tap: str, monitor: str) -> None:
+    program = compile_c("blast", tmp_path)
+    with subprocess.Popen(["nice", "-n", "19", str(program), tap, "1000"]) as sender:
+        command = _NICS[monitor](guest, tmp_path / "com1", tap, [Workload("receive", 1000, 8, 100)])
+        (found,) = measure(command, tmp_path / "com1").values()
+        sender.kill()
+    assert found.requests > 100

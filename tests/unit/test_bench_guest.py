@@ -28,7 +28,7 @@ def test_measurements_have_the_tests_names() -> None:
 
 def test_the_command_line_names_the_driver_and_the_tests() -> None:
     tests = [Workload("randread", 4096, 32, 300), Workload("write", 131072, 1, 150)]
-    assert command_line("storvsc", tests) == "disk=storvsc randread:4096:32:300 write:131072:1:150"
+    assert command_line("disk=storvsc", tests) == "disk=storvsc randread:4096:32:300 write:131072:1:150"
 
 
 @pytest.mark.parametrize(

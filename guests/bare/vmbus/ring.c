@@ -65,7 +65,8 @@ void ring_publish(struct channel *channel)
         signal(channel);
 }
 
-u32 ring_take(struct channel *channel, struct packet *head, void *payload, u32 room)
+/* What stands `skip` bytes, or else with the payload, behind the start of the packet. */
+static u32 take(struct channel *channel, struct packet *head, u32 skip, void *to, u32 room)
 {
     u32 start = channel->read, size;
 
@@ -73,10 +74,21 @@ u32 ring_take(struct channel *channel, struct packet *head, void *payload, u32 r
         return 0;
     fence();
     get(channel, start, head, sizeof(*head));
-    size = (head->length8 - head->data_offset8) * 8u;
-    get(channel, advance(channel, start, head->data_offset8 * 8u), payload, size < room ? size : room);
+    skip = skip ? skip : head->data_offset8 * 8u;
+    size = head->length8 * 8u - skip;
+    get(channel, advance(channel, start, skip), to, size < room ? size : room);
     channel->read = advance(channel, start, head->length8 * 8u + FOOTER_SIZE);
     return size;
+}
+
+u32 ring_take(struct channel *channel, struct packet *head, void *payload, u32 room)
+{
+    return take(channel, head, 0, payload, room);
+}
+
+u32 ring_take_whole(struct channel *channel, struct packet *head, void *rest, u32 room)
+{
+    return take(channel, head, sizeof(*head), rest, room);
 }
 
 void ring_release(struct channel *channel)

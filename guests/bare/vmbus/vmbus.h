@@ -15,7 +15,8 @@
 #define CONNECTION_OLD 1
 #define CONNECTION_NEW 4 /* from 5.0 on, for INITIATE_CONTACT */
 
-#define SCSI_INTERFACE 0xba6163d9u /* the first word of a SCSI controller's interface GUID */
+#define NETWORK_INTERFACE 0xf8615163u
+#define SCSI_INTERFACE 0xba6163d9u /* the first words of interface GUIDs */
 
 enum {
     OFFER_CHANNEL = 1,
@@ -115,6 +116,7 @@ struct packet {
 };
 
 #define PACKET_IN_BAND 6
+#define PACKET_TRANSFER_PAGES 7
 #define PACKET_GPA_DIRECT 9
 #define PACKET_COMPLETION 11
 
@@ -123,6 +125,7 @@ void ring_put(struct channel *channel, struct packet head, const void *extra, u3
               u32 size);
 void ring_publish(struct channel *channel); /* show the host what was put, and signal if it may be asleep */
 u32 ring_take(struct channel *channel, struct packet *head, void *payload, u32 room); /* payload bytes, 0 if empty */
+u32 ring_take_whole(struct channel *channel, struct packet *head, void *rest, u32 room); /* from the extra header on */
 void ring_release(struct channel *channel); /* give the host the room of what was taken, and signal if it waits */
 
 /* storvsc.c */
