@@ -25,6 +25,7 @@ from devices.network.port import VNET_HEADER_SIZE
 from devices.network.service import MAX_LOG
 from devices.network.settings import VlanMode
 from pyvmm.cli import main
+from tests.fakes.frames import ARP, BROADCAST, IPV4, ethernet, mac_bytes, vnet
 from tests.fakes.netns import NetworkNamespace
 from tests.fakes.switch_service import nic, use_folders, vm_process
 
@@ -42,6 +43,10 @@ PYVMM = [sys.executable, "-m", "pyvmm"]
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_folders(tmp_path, monkeypatch)
     yield
+    delete_all()
+
+
+def delete_all() -> None:
     for name in definition.names():
         with contextlib.suppress(SwitchError):
             admin.delete(name, force=True)
@@ -72,10 +77,9 @@ def wait_end(pid: int) -> None:
             os.close(file)
 
 
-def frame(destination: str, source: str, payload: bytes, kind: int = 0x88B5) -> bytes:
-    """With an empty header of virtio before it; the kind is one for local experiments (IEEE 802)."""
-    macs = bytes.fromhex(destination.replace(":", "") + source.replace(":", ""))
-    return bytes(VNET_HEADER_SIZE) + macs + struct.pack(">H", kind) + payload.ljust(46, b"\0")
+def frame(to: str, source: str, payload: bytes) -> bytes:
+    """Its kind is one for local experiments (IEEE 802)."""
+    return vnet() + ethernet(payload.ljust(46, b"\0"), 0x88B5, to=to, source=source)
 
 
 def read(port: SwitchPort) -> bytes:
@@ -98,7 +102,7 @@ def test_the_first_port_starts_a_service_of_its_own_and_frames_pass(lan: SwitchD
     pid = service()
     assert pid != os.getpid() and os.getsid(pid) == pid
     assert stat.S_IMODE(os.stat(places.running("lan", "sock")).st_mode) == 0o600
-    os.write(one.fd, frame("ff:ff:ff:ff:ff:ff", nic("one").mac, b"hello"))
+    os.write(one.fd, frame(BROADCAST, nic("one").mac, b"hello"))
     assert read(two)[14:19] == b"hello"
     shown = admin.describe("lan")
     assert [port["vm"] for port in shown["ports"]] == ["one", "two"]
@@ -123,11 +127,11 @@ def test_a_switch_is_started_by_command(lan: SwitchDefinition) -> None:
 def test_settings_take_effect_at_once(lan: SwitchDefinition) -> None:
     one, two = client.plug("lan", nic("one")), client.plug("lan", nic("two"))
     two.change(nic("two", mode=VlanMode.ACCESS, vlan=10))
-    os.write(one.fd, frame("ff:ff:ff:ff:ff:ff", nic("one").mac, b"not for you"))
+    os.write(one.fd, frame(BROADCAST, nic("one").mac, b"not for you"))
     while not client.ask("lan", protocol.Show("one"))["statistics"]["received_frames"]:
         pass  # what is read later is in the VLAN of later
     client.ask("lan", protocol.Set("one", {"mode": "access", "vlan": 10}))
-    os.write(one.fd, frame("ff:ff:ff:ff:ff:ff", nic("one").mac, b"for you"))
+    os.write(one.fd, frame(BROADCAST, nic("one").mac, b"for you"))
     assert read(two)[14:21] == b"for you"
     one.close()
     two.close()
@@ -257,6 +261,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             os.chown(folder / name, 65534, 65534)
         use_folders(folder, monkeypatch)
         yield folder
+        delete_all()
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can become another user")
@@ -272,8 +277,8 @@ def test_a_user_without_privileges_has_private_switches_and_no_others(public: Pa
         "-c",
         "import os; from devices.network import client; from tests.fakes.switch_service import nic\n"
         "one, two = client.plug('lan', nic('one')), client.plug('lan', nic('two'))\n"
-        "from tests.unit.test_switch_process import frame, read\n"
-        "os.write(one.fd, frame('ff:ff:ff:ff:ff:ff', nic('one').mac, b'hello'))\n"
+        "from tests.unit.test_switch_process import BROADCAST, frame, read\n"
+        "os.write(one.fd, frame(BROADCAST, nic('one').mac, b'hello'))\n"
         "print(read(two)[14:19], flush=True)",
     )
     assert (made.returncode, made.stdout) == (0, "b'hello'\n"), made.stderr
@@ -307,9 +312,8 @@ def host() -> Iterator[NetworkNamespace]:
 
 
 def arp(source: str, address: bytes, wanted: bytes) -> bytes:
-    mac = bytes.fromhex(source.replace(":", ""))
-    body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + mac + address + bytes(6) + wanted
-    return frame("ff:ff:ff:ff:ff:ff", source, body, 0x0806)
+    body = struct.pack(">HHBBH", 1, IPV4, 6, 4, 1) + mac_bytes(source) + address + bytes(6) + wanted
+    return vnet() + ethernet(body, ARP, source=source)
 
 
 #: The planes that this host has: in the lab, both.
