@@ -10,7 +10,6 @@ from tests.fakes.net_rig import CHECKSUM, LSO, VLAN
 
 #: Bits of the offloads that a guest takes.
 TCP4, UDP4, TCP6, UDP6, IP4, RSC4, RSC6, STRIP = (1 << bit for bit in range(8))
-LARGEST = 14 + 8 + 65535
 
 
 class Sent(NamedTuple):
@@ -78,10 +77,10 @@ def _write(frame: bytes, ppis: dict[int, int], frame_size: int) -> bytes | None:
     lso, checksum, vlan = ppis.get(LSO, 0), ppis.get(CHECKSUM, 0), ppis.get(VLAN, 0) & 0xFFFF
     if len(frame) < 14:
         return None
-    limit = frame_size
-    if len(frame) > limit:
-        limit += 4 * _tags(frame)
-    if len(frame) > (LARGEST if lso else limit):
+    limit = frame_size + 4 * _tags(frame)
+    if len(frame) > (14 + 4 * _tags(frame) + 65535 if lso else limit):
+        return None
+    if vlan and _tags(frame) == 2:
         return None
     header = bytes(10)
     if lso or checksum & 0x1C:

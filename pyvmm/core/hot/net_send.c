@@ -272,11 +272,11 @@ static enum written write_frame(NetQueueObject *queue, struct request *request)
 	out.have = request->size < MAX_COPY ? request->size : MAX_COPY;
 	out.vnet = (struct net_vnet){0};
 	gather(queue, request->data, out.frame, out.have);
-	uint32_t limit = device->frame_size;
-	if (request->size > limit)
-		limit += tags_size(&out);
-	if (request->size > (request->lso ? NET_MAX_FRAME : limit))
+	uint32_t tags = tags_size(&out), limit = device->frame_size + tags;
+	if (request->size > (request->lso ? NET_ETHERNET + tags + 65535 : limit))
 		return WRITTEN_INVALID;
+	if (request->vlan && tags == NET_MAX_TAGS * NET_TAG)
+		return WRITTEN_INVALID; // nobody looks behind a third tag
 	if ((request->lso || request->checksum & CHECKSUM_ANY) && !prepare_offloads(request, &out, limit))
 		return WRITTEN_INVALID;
 	size_t rest = request->size > out.have ? request->size - out.have : 0, rest_at = request->data + out.have;
