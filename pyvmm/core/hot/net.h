@@ -201,6 +201,7 @@ typedef struct NetQueueObject {
 	bool blocked;		   // the port takes nothing for now
 	// What is sent already of the packet at the head of the ring, and how that ended.
 	uint32_t resume_at, resume_status;
+	uint64_t done_since; // the oldest of these waits
 	unsigned done_count;
 	struct net_completion done[NET_BATCH];
 	struct net_indication indication; // queue 0's work, whose packet it will be
@@ -213,7 +214,7 @@ typedef struct NetQueueObject {
 
 // What `net_queue_serve` ended with.
 struct net_outcome {
-	bool signal, idle;
+	bool idle;
 	unsigned slow;	    // packets at the head of the ring that are for Python
 	bool stuck;	    // there is no room for what is in `done` and in `indication`
 	const char *broken; // what the guest did wrong
@@ -243,8 +244,8 @@ enum net_sent net_send(NetQueueObject *queue, uint32_t section, uint32_t section
 
 // net_receive.c
 
-// Reads a batch of frames from the port, and tells the guest. Returns whether there may be more.
-bool net_receive(NetQueueObject *queue, struct net_outcome *outcome);
+// Reads a batch of frames from the port, and tells the guest. Returns how many there were.
+unsigned net_receive(NetQueueObject *queue, struct net_outcome *outcome);
 // Whether frames are read from the port; and drops those that came while they were not.
 bool net_receiving(const NetDeviceObject *device);
 void net_receive_discard(NetDeviceObject *device);

@@ -499,7 +499,6 @@ static PyObject *chain_list(const NetDeviceObject *self, uint32_t section)
 static PyObject *device_save(NetDeviceObject *self, PyObject *Py_UNUSED(ignored))
 {
 	PyObject *held = PyList_New(0), *controls = PyList_New(0), *result = NULL;
-	pthread_mutex_lock(&self->sections_lock); // nobody who has it waits for the GIL
 	for (uint32_t i = 0; held && i < self->receive.sections; i++) {
 		if (!self->owner[i])
 			continue;
@@ -516,7 +515,6 @@ static PyObject *device_save(NetDeviceObject *self, PyObject *Py_UNUSED(ignored)
 	}
 	if (held && controls)
 		result = Py_BuildValue("{sI sO sO}", "generation", self->generation, "held", held, "controls", controls);
-	pthread_mutex_unlock(&self->sections_lock);
 	Py_XDECREF(held);
 	Py_XDECREF(controls);
 	return result;

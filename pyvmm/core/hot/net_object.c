@@ -62,29 +62,53 @@ static void queue_dealloc(NetQueueObject *self)
 
 // Packets ------------------------------------------------------------------------------------------
 
-// What was not sent, as a list of packets, and forgets it. Called with the queue locked, and with the GIL: whoever waits
-// for the lock has not got that.
-static PyObject *take_unsent(NetQueueObject *self)
+struct packet {
+	struct ring_descriptor descriptor;
+	uint8_t message[NET_MESSAGE_MAX];
+};
+
+// What was not sent: completions, and one packet that tells of frames, which has an extra header.
+struct unsent {
+	unsigned count;
+	struct packet packets[NET_BATCH + 1];
+	uint32_t extra_size, message_size;
+	uint8_t extra[8 + 8 * NET_MAX_RANGES];
+};
+
+// Forgets what was not sent. Called with the queue locked, so no Python object may be made: to make one may collect garbage,
+// and another queue, which goes, waits for the locks of all.
+static void take_unsent(NetQueueObject *self, struct unsent *unsent)
+{
+	unsent->count = self->done_count;
+	unsent->extra_size = 0;
+	unsent->message_size = self->device->message_size;
+	for (unsigned i = 0; i < self->done_count; i++)
+		net_completion_packet(self, &self->done[i], &unsent->packets[i].descriptor, unsent->packets[i].message);
+	self->done_count = 0;
+	// That of another queue is queue 0's work.
+	if (!self->index && self->indication.count) {
+		struct packet *last = &unsent->packets[unsent->count++];
+		unsent->extra_size = net_indication_packet(self, &last->descriptor, unsent->extra, last->message);
+		self->indication.count = self->indication.frames = 0;
+		self->indication.control = false;
+	}
+}
+
+static PyObject *unsent_list(const struct unsent *unsent)
 {
 	PyObject *result = PyList_New(0);
-	uint8_t message[NET_MESSAGE_MAX], extra[8 + 8 * NET_MAX_RANGES];
-	Py_ssize_t size = self->device->message_size;
-	struct ring_descriptor descriptor;
-	for (unsigned i = 0; i < self->done_count + (self->indication.count != 0); i++) {
-		Py_ssize_t extra_size = 0;
-		if (i < self->done_count)
-			net_completion_packet(self, &self->done[i], &descriptor, message);
-		else
-			extra_size = net_indication_packet(self, &descriptor, extra, message);
-		PyObject *packet = Py_BuildValue("iiKy#y#", (int)descriptor.type, (int)descriptor.flags,
-						 (unsigned long long)descriptor.transaction_id, (const char *)extra,
-						 extra_size, (const char *)message, size);
-		if (result && (!packet || PyList_Append(result, packet) < 0))
+	for (unsigned i = 0; result && i < unsent->count; i++) {
+		const struct packet *from = &unsent->packets[i];
+		bool last = i + 1 == unsent->count;
+		PyObject *packet = Py_BuildValue("iiKy#y#", (int)from->descriptor.type, (int)from->descriptor.flags,
+						 (unsigned long long)from->descriptor.transaction_id,
+						 (const char *)unsent->extra,
+						 last ? (Py_ssize_t)unsent->extra_size : (Py_ssize_t)0,
+						 (const char *)from->message, (Py_ssize_t)unsent->message_size);
+		if (!packet || PyList_Append(result, packet) < 0)
 			Py_CLEAR(result);
 		Py_XDECREF(packet);
 	}
-	self->done_count = 0;
-	self->indication.count = self->indication.frames = 0;
 	return result;
 }
 
@@ -93,35 +117,36 @@ static PyObject *take_unsent(NetQueueObject *self)
 static PyObject *queue_serve(NetQueueObject *self, PyObject *Py_UNUSED(ignored))
 {
 	struct net_outcome outcome = {0};
+	struct unsent unsent;
+	unsent.count = 0;
 	Py_BEGIN_ALLOW_THREADS
 	visit_lock_worker(&self->lock);
 	net_queue_serve(self, &outcome);
-	Py_END_ALLOW_THREADS
-	PyObject *unsent = outcome.stuck ? take_unsent(self) : PyList_New(0);
-	bool signal = atomic_exchange(&self->owes_signal, false);
+	if (outcome.stuck)
+		take_unsent(self, &unsent);
 	visit_unlock_worker(&self->lock);
-	if (unsent && outcome.broken) {
-		Py_DECREF(unsent);
+	Py_END_ALLOW_THREADS
+	if (outcome.broken)
 		return PyErr_Format(RingError, "%s", outcome.broken);
-	}
-	if (!unsent)
-		return NULL;
+	bool signal = atomic_exchange(&self->owes_signal, false);
 	if (signal)
 		atomic_fetch_add_explicit(&self->signals, 1, memory_order_relaxed);
-	return Py_BuildValue("NI[]NN", PyBool_FromLong(outcome.idle), outcome.slow, unsent, PyBool_FromLong(signal));
+	return Py_BuildValue("NI[]NN", PyBool_FromLong(outcome.idle), outcome.slow, unsent_list(&unsent),
+			     PyBool_FromLong(signal));
 }
 
 static PyObject *queue_quiesce(NetQueueObject *self, PyObject *Py_UNUSED(ignored))
 {
+	struct unsent unsent;
 	Py_BEGIN_ALLOW_THREADS
 	visit_lock(&self->lock);
 	pthread_mutex_lock(&self->outgoing->write_lock);
 	self->running = false;
 	pthread_mutex_unlock(&self->outgoing->write_lock);
-	Py_END_ALLOW_THREADS
-	PyObject *unsent = take_unsent(self);
+	take_unsent(self, &unsent);
 	visit_unlock(&self->lock);
-	return unsent ? Py_BuildValue("[]N", unsent) : NULL;
+	Py_END_ALLOW_THREADS
+	return Py_BuildValue("[]N", unsent_list(&unsent));
 }
 
 static PyObject *queue_set_target(NetQueueObject *self, PyObject *args)

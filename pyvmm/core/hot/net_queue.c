@@ -3,7 +3,6 @@
 #include "net.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -13,6 +12,9 @@ enum {
 	ROUNDS = 32,
 	// Packets from the guest before it gets to know: soon enough for it to go on meanwhile.
 	BATCH = 32,
+	// While the ring is watched, completions wait for more of them: each may cost the guest an interrupt.
+	HOLD = 16,
+	HOLD_NS = 20 * 1000,
 
 	PACKET_INBAND = 6,
 	PACKET_GPA_DIRECT = 9,
@@ -150,12 +152,14 @@ static enum taken deal(NetQueueObject *queue, struct net_outcome *outcome)
 	set_blocked(queue, sent == NET_SENT_PARTLY);
 	if (sent == NET_SENT_PARTLY)
 		return TAKEN_BLOCKED;
+	if (sent == NET_SENT && !queue->done_count)
+		queue->done_since = watch_clock_ns();
 	if (sent == NET_SENT)
 		queue->done[queue->done_count++] = (struct net_completion){descriptor->transaction_id, status};
 	return TAKEN_ALL;
 }
 
-// Deals with packets until there are enough for a batch, or something else comes first. `done` must be empty.
+// Deals with packets until there are enough for a batch, or something else comes first.
 static enum taken take(NetQueueObject *queue, struct net_outcome *outcome, unsigned *count)
 {
 	RingObject *ring = queue->incoming;
@@ -166,7 +170,7 @@ static enum taken take(NetQueueObject *queue, struct net_outcome *outcome, unsig
 	enum taken taken = TAKEN_ALL;
 	uint32_t available = ring_used(ring, in, out);
 	while (available && !outcome->broken) {
-		if (*count == BATCH) {
+		if (*count == BATCH || queue->done_count == NET_BATCH) {
 			taken = TAKEN_SOME;
 			break;
 		}
@@ -210,24 +214,40 @@ static void start(NetQueueObject *queue)
 	pthread_mutex_unlock(&queue->outgoing->write_lock);
 }
 
-// Watches the empty ring, and the port that gives nothing, for a while. Returns whether there is something to do.
-static bool watch(NetQueueObject *queue)
+// Watches the empty ring, and the port, for a while. Returns whether there is something to do.
+static bool watch(NetQueueObject *queue, struct net_outcome *outcome)
 {
-	struct pollfd port = {.fd = !queue->index && net_receiving(queue->device) ? queue->device->fd : -1, .events = POLLIN};
 	uint64_t now = watch_clock_ns();
 	if (!watch_begin(&queue->watch, now))
 		return false;
 	for (; watch_goes_on(&queue->watch, now); now = watch_clock_ns()) {
-		if (ring_has_more(queue) || (port.fd >= 0 && poll(&port, 1, 0) > 0)) {
+		if (ring_has_more(queue) || (!queue->index && net_receive(queue, outcome))) {
 			queue->watch.vain = 0;
-			return true;
+			watch_worked(&queue->watch);
+			return !outcome->stuck;
 		}
-		if (atomic_load(&queue->owes_signal) || visit_waits(&queue->lock))
+		if (atomic_load(&queue->owes_signal) || visit_waits(&queue->lock) ||
+		    (queue->done_count && now - queue->done_since > HOLD_NS && !complete(queue)))
 			return true;
 		__builtin_ia32_pause();
 	}
 	queue->watch.vain++;
 	return false;
+}
+
+// Deals with a batch of what there is, both ways.
+static enum taken deal_batch(NetQueueObject *queue, struct net_outcome *outcome, unsigned *count)
+{
+	enum taken taken = take(queue, outcome, count);
+	if (!queue->index && !outcome->broken && net_receive_controls(queue, outcome))
+		*count += net_receive(queue, outcome);
+	if (*count) {
+		set_mask(queue, true);
+		watch_worked(&queue->watch);
+	}
+	if (queue->done_count >= HOLD || taken == TAKEN_SLOW)
+		outcome->stuck |= !complete(queue);
+	return taken;
 }
 
 void net_queue_serve(NetQueueObject *queue, struct net_outcome *outcome)
@@ -240,41 +260,22 @@ void net_queue_serve(NetQueueObject *queue, struct net_outcome *outcome)
 		start(queue);
 	for (unsigned round = 0; round < ROUNDS; round++) {
 		unsigned count;
-		if (!complete(queue)) {
-			outcome->stuck = true;
+		enum taken taken = deal_batch(queue, outcome, &count);
+		outcome->slow = taken == TAKEN_SLOW;
+		if (outcome->broken || outcome->stuck || outcome->slow)
 			return;
-		}
 		if (atomic_load(&queue->owes_signal) || visit_waits(&queue->lock))
-			return;
-		enum taken taken = take(queue, outcome, &count);
-		if (outcome->broken)
-			return;
-		bool more = false;
-		if (!queue->index) {
-			more = net_receive_controls(queue, outcome) && net_receive(queue, outcome);
-			if (outcome->stuck)
-				return;
-		}
-		if (taken == TAKEN_SLOW) {
-			outcome->slow = 1;
-			outcome->stuck = !complete(queue);
-			return;
-		}
-		if (count || more) {
-			set_mask(queue, true);
-			watch_worked(&queue->watch);
+			break;
+		if (count || (taken != TAKEN_BLOCKED && watch(queue, outcome)))
 			continue;
-		}
-		if (taken == TAKEN_BLOCKED) {
-			outcome->idle = true;
-			return;
-		}
-		if (watch(queue))
-			continue;
-		set_mask(queue, false);
-		if (!ring_has_more(queue)) {
+		if (!complete(queue) || outcome->stuck)
+			break;
+		if (taken != TAKEN_BLOCKED)
+			set_mask(queue, false);
+		if (taken == TAKEN_BLOCKED || !ring_has_more(queue)) {
 			outcome->idle = !atomic_load(&queue->owes_signal);
 			return;
 		}
 	}
+	outcome->stuck |= !complete(queue);
 }

@@ -451,18 +451,17 @@ void net_receive_discard(NetDeviceObject *device)
 		;
 }
 
-bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
+unsigned net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 {
 	NetDeviceObject *device = queue->device;
 	struct incoming in;
-	bool more = net_receiving(device);
-	for (unsigned i = 0; more && i < NET_BATCH; i++) {
-		if (queue->indication.count + device->sections_needed > max_ranges(queue))
+	unsigned count = 0;
+	if (!net_receiving(device))
+		return 0;
+	for (; count < NET_BATCH; count++) {
+		if (queue->indication.count + device->sections_needed > max_ranges(queue) ||
+		    !provide_sections(device, device->sections_needed))
 			break;
-		if (!provide_sections(device, device->sections_needed)) {
-			more = false;
-			break;
-		}
 		in.start = device->incoming;
 		in.head = in.start + NET_ROOM;
 		ssize_t size = read_frame(device->fd, in.head - VNET_SIZE, VNET_SIZE + NET_MAX_FRAME);
@@ -471,7 +470,6 @@ bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 				device->lost = true;
 			else if (errno != EAGAIN)
 				net_count(device, NET_RECEIVED_ERRORS, 1);
-			more = false;
 			break;
 		}
 		if (size < VNET_SIZE) {
@@ -483,8 +481,8 @@ bool net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 		in.moved = in.ppis_size = 0;
 		accept(queue, &in, outcome);
 	}
-	for (unsigned i = 0; i < NET_QUEUES; i++)
+	for (unsigned i = 0; count && i < NET_QUEUES; i++)
 		if (device->queues[i])
 			indicate(device->queues[i], i == 0, outcome);
-	return more;
+	return count;
 }
