@@ -410,8 +410,7 @@ def open_linux_channels(driver: NetVsc, channels: int) -> None:
     assert queues >= channels
     answer = driver.ask(SUB_CHANNEL, struct.pack("<II", 1, channels - 1))
     assert struct.unpack_from("<III", answer) == (SUB_CHANNEL, SUCCESS, channels - 1)
-    for index in range(1, channels):
-        offer = driver.guest.next_offer()
+    for index, offer in enumerate([driver.guest.next_offer() for _ in range(1, channels)], 1):
         assert offer.subchannel_index == index
         driver.channels[index] = driver.guest.open(offer, vp=index)
     assert driver.set(RSS_PARAMETERS, rss_parameters([0] * entries, flags=0x10)) == 0
@@ -421,7 +420,7 @@ def open_linux_channels(driver: NetVsc, channels: int) -> None:
 def rss_parameters(table: Sequence[int], key: bytes = RSS_KEY, flags: int = 0, hashes: int = 0x1701) -> bytes:
     """NDIS_RECEIVE_SCALE_PARAMETERS as Linux lays it out."""
     size = 4 * len(table)
-    head = struct.pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 44, flags, 0, hashes, size, 44, len(key), 44 + size, 0, 0, 0)
+    head = struct.pack("<BBHHHIHxxIHxxIIII", 0x89, 2, 40, flags, 0, hashes, size, 40, len(key), 40 + size, 0, 0, 0)
     return head + struct.pack(f"<{len(table)}I", *table) + key
 
 

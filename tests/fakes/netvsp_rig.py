@@ -15,7 +15,7 @@ from pyvmm.core.trace import GuestLog, Tracer
 from tests.fakes.board import ManualClock
 from tests.fakes.net_rig import PLAIN
 from tests.fakes.netvsc import NetVsc
-from tests.fakes.vmbus_guest import V5_3, FakeGuest, FakePorts
+from tests.fakes.vmbus_guest import RESCIND, V5_3, FakeGuest, FakePorts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,17 +103,27 @@ class Rig:
     def bus(self) -> VmBus:
         return self.buses[-1]
 
-    def open(self) -> NetVsc:
+    def open(self, ring_pages: int = 6) -> NetVsc:
         """Open the primary channel with a new driver."""
-        return NetVsc(self.guest, self.guest.open(self.offer, out_pages=6, in_pages=6), self.receive_page_count)
+        channel = self.guest.open(self.offer, out_pages=ring_pages, in_pages=ring_pages)
+        return NetVsc(self.guest, channel, self.receive_page_count)
 
-    def inspect(self) -> dict[str, Any]:
-        return self.vsp.inspect()
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and the NIC's timers run out."""
+        self.clock.advance(int(seconds * 1e9))
+        self.vsp.workers[0].run(lambda: None)
 
-    def broken(self) -> str | None:
-        """Why the guest's channel was given up, once it was."""
-        self.guest.ports.take_message()  # the rescind
-        return self.bus._server.offers[0].broken if self.bus._server.offers else None
+    def settle(self) -> None:
+        """Return once the bus's thread has served what was posted before."""
+        self.bus._worker.run(lambda: None)
+
+    def broken(self) -> str:
+        """Wait for the guest's channel to be given up; return why."""
+        rescinded = self.guest.expect(RESCIND)
+        assert int.from_bytes(rescinded[:4], "little") == self.offer.channel_id
+        reasons = [offer["broken"] for offer in self.bus.inspect()["offers"] if offer["broken"]]
+        assert len(reasons) == 1
+        return str(reasons[0])
 
     def stop(self) -> None:
         for bus in self.buses:
@@ -134,6 +144,18 @@ def make() -> Iterator[Any]:
     yield build
     for rig in rigs:
         rig.stop()
+
+
+@pytest.fixture
+def make_lying(make: Any) -> Any:
+    """Rigs whose guests lie, so that the host may give their channels up."""
+
+    def build(*args: Any, **how: Any) -> Rig:
+        rig: Rig = make(*args, **how)
+        rig.driver.channel.hostile = True
+        return rig
+
+    return build
 
 
 def frame(to: bytes = PEER, source: bytes = MAC, payload: bytes = b"payload", kind: bytes = b"\x88\xb5") -> bytes:

@@ -365,6 +365,8 @@ class GuestChannel:
         self.incoming = incoming
         #: Times that the ring rules asked for HvSignalEvent.
         self.signalled = 0
+        #: Whether the host may give the channel up meanwhile, for what it has read already.
+        self.hostile = False
 
     def signal(self) -> None:
         """Ring the host's bell, as the protocol version has it."""
@@ -377,7 +379,7 @@ class GuestChannel:
             page = guest.memory.view(word, 1, write=True)
             page[0] |= 1 << offer.channel_id % 8
             connection = 2
-        assert guest.ports.hv_signal_event(connection)
+        assert guest.ports.hv_signal_event(connection) or self.hostile
 
     def try_send(self, packet: Packet) -> bool:
         """Write a packet if it fits, with a signal if the rules want one."""

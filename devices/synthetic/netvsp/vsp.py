@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from devices.network.port import MAX_MTU, Nic
+from devices.saved import check_version, saved_bool, saved_bytes, saved_int
 from devices.synthetic.netvsp import protocol, rndis
 from devices.synthetic.netvsp.adapter import Adapter
 from devices.synthetic.netvsp.control import Control
@@ -512,23 +513,35 @@ class NetVsp(Vsp, Nic):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with what was agreed; the buffers follow with the channel."""
-        if state.get("version") != 1:
-            raise ValueError(f"{self.name}: saved state of an unknown kind")
-        if state["mac"] != self.mac:
-            raise ValueError(f"{self.name}: its address differs from the saved state's, {state['mac'].hex(':')}")
+        try:
+            check_version(state, 1)
+            self._restore(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.name}: the saved state is damaged, or another NIC's: {error}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        mac = saved_bytes(state, "mac", 6, 6)
+        if mac != self.mac:
+            raise ValueError(f"it is of {mac.hex(':')}")
+        agreed = Agreement()
+        agreed.version = saved_int(state, "protocol", 0, protocol.V6_1)
+        agreed.frame_size = saved_int(state, "frame_size", 0, _HEADER_SIZE + MAX_MTU)
+        agreed.capabilities = saved_int(state, "capabilities", 0, (1 << 64) - 1)
+        agreed.subchannels = saved_int(state, "subchannels", 0, self.max_subchannels)
+        if state["ndis"] is not None:
+            major, minor = state["ndis"]
+            agreed.ndis = major, minor
+        agreed.receive_gpadl, agreed.receive_id = state["receive_buffer"]
+        agreed.send_gpadl = state["send_buffer"]
+        operational = saved_bool(state, "operational")
         with self._lock:
             assert self._device is not None
-            agreed = self._agreed = Agreement()
-            agreed.version, agreed.subchannels = state["protocol"], state["subchannels"]
-            agreed.ndis = (state["ndis"][0], state["ndis"][1]) if state["ndis"] is not None else None
-            agreed.frame_size, agreed.capabilities = state["frame_size"], state["capabilities"]
-            agreed.receive_gpadl, agreed.receive_id = state["receive_buffer"]
-            agreed.send_gpadl = state["send_buffer"]
+            self._agreed = agreed
             self._device.message_size = protocol.message_size(agreed.version)
             self._adapter.begin(agreed.ndis or (0, 0), agreed.frame_size, agreed.capabilities)
             self._adapter.restore(state["adapter"])
-            self._control.operational = state["operational"]
-            self._link.shown = state["link_shown"]
+            self._control.operational = operational
+            self._link.shown = saved_bool(state, "link_shown")
             self._saved_device = state["device"]
             self._limit_frames()
             self._tell_port()
