@@ -70,6 +70,8 @@ class NetVsc:
         self.channel = channel
         self.channels = {0: channel}
         self.receive_pages = guest.allocate(receive_pages)
+        #: Where in its first page the receive buffer begins.
+        self.receive_offset = 0
         self.send_pages = guest.allocate(send_pages)
         (self.control_page, self.frame_page) = guest.allocate(2)
         self.version = 0
@@ -141,7 +143,7 @@ class NetVsc:
         for at in range(8, 8 + 8 * count, 8):
             size, offset = struct.unpack_from("<II", header, at)
             assert offset % self.section_size == 0 and size <= self.section_size
-            self._rndis(self.read(self.receive_pages, offset, size), kind)
+            self._rndis(self.read(self.receive_pages, self.receive_offset + offset, size), kind)
         if self.gives_back:
             self.give_back(transaction_id, channel)
         else:

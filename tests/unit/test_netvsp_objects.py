@@ -9,7 +9,7 @@ import pytest
 
 from devices.network.port import OFFLOAD_CHECKSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_TSO_ECN
 from devices.synthetic.netvsp import ndis
-from devices.synthetic.netvsp.ndis import RSS_NONE, Offload
+from devices.synthetic.netvsp.ndis import RSS_NONE, Offload, Rss
 from devices.synthetic.netvsp.rndis import Refused
 from tests.fakes import netvsc
 from tests.fakes.netvsc import OFFLOAD_CURRENT, OFFLOAD_PARAMETERS, config_parameter, rss_parameters, start_linux
@@ -248,16 +248,16 @@ def test_another_encapsulation_is_refused(driver: NetVsc, change: tuple[int, int
 
 def test_parts_of_rss_that_the_guest_leaves_unchanged_stay() -> None:
     first = ndis.change_rss(RSS_NONE, rss_parameters([0, 1, 2, 3]), 4)
-    assert first == (netvsc.RSS_KEY, (0, 1, 2, 3), 0x1700)
+    assert first == Rss(netvsc.RSS_KEY, (0, 1, 2, 3), 0x1700)
     again = ndis.change_rss(first, rss_parameters([3, 2], key=bytes(40), flags=0x2 | 0x8, hashes=0), 4)
     assert again == (netvsc.RSS_KEY, (3, 2), 0x1700)
     assert ndis.change_rss(first, rss_parameters([1], key=bytes(40), flags=0x4), 4) == (bytes(40), (0, 1, 2, 3), 0x1700)
 
 
-@pytest.mark.parametrize("how", [{"flags": 0x10}, {"hashes": 0}])
-def test_rss_is_switched_off(how: dict[str, int]) -> None:
+@pytest.mark.parametrize(("flags", "hashes"), [(0x10, 0x1701), (0, 0)])
+def test_rss_is_switched_off(flags: int, hashes: int) -> None:
     first = ndis.change_rss(RSS_NONE, rss_parameters([0, 1]), 2)
-    assert ndis.change_rss(first, rss_parameters([0, 1], **how), 2) == RSS_NONE
+    assert ndis.change_rss(first, rss_parameters([0, 1], flags=flags, hashes=hashes), 2) == RSS_NONE
 
 
 @pytest.mark.parametrize(
