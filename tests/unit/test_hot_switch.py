@@ -346,7 +346,8 @@ def test_messages_that_are_no_frames_are_dropped(rig: SwitchRig) -> None:
     short = [b"x", bytes(9), bytes(10), bytes(23)]
     source = frame("01:15:5d:00:00:01")  # of a group
     lies = [frames.vnet(1, start=100, at=0) + frame(A), frames.vnet(1, 1, 0, 1000, 34, 16) + frame(A)]
-    assert drops_of(rig, *short, frames.vnet() + source, *lies) == {"malformed": 7}
+    cut = frames.vnet() + frames.tagged(frame(A), 7)[:15]  # in its tag
+    assert drops_of(rig, *short, frames.vnet() + source, *lies, cut) == {"malformed": 8}
 
 
 def test_messages_that_are_too_long_are_dropped(rig: SwitchRig) -> None:

@@ -137,6 +137,8 @@ bool net_frame_parse(struct net_frame *frame, const uint8_t *head, size_t have, 
 	size_t at = NET_ETHERNET;
 	frame->ethertype = net_get16(head + 12);
 	while (frame->ethertype == ETHERTYPE_VLAN || frame->ethertype == ETHERTYPE_SERVICE_VLAN) {
+		if (size < at + NET_TAG)
+			return false;
 		if (frame->tags == NET_MAX_TAGS || have < at + NET_TAG) {
 			frame->network = (uint16_t)at;
 			frame->obscured = true;

@@ -92,7 +92,7 @@ static inline void net_put32(uint8_t *to, uint32_t value)
 }
 
 // Finds the headers of a frame of `size` bytes, of which the first `have` are at `head`; more than NET_MAX_HEADERS aren't
-// looked at. Returns false for what has no Ethernet header, or is too long.
+// looked at. Returns false for what has no whole Ethernet header with its tags, or is too long.
 bool net_frame_parse(struct net_frame *frame, const uint8_t *head, size_t have, size_t size);
 
 // Whether a frame's virtio_net_hdr makes sense: what it says of checksums lies inside, and segmentation is of TCP,

@@ -98,16 +98,20 @@ static void flush_mirrors(SwitchObject *self)
 bool switch_run(SwitchObject *self)
 {
 	struct epoll_event events[EVENTS];
-	int count = 0;
+	uint64_t deadline = 0; // there may be something to say already
 	visit_lock_worker(&self->lock);
 	bool free = !self->running;
 	self->running = true;
 	while (free) {
+		uint64_t now = self->now;
+		visit_unlock_worker(&self->lock);
+		int count = wait_for_events(self, now, deadline, events);
+		visit_lock_worker(&self->lock);
 		switch_look_at_clocks(self);
 		for (int i = 0; i < count; i++)
 			attend(self, events[i].data.ptr, events[i].events);
 		port_bury(self);
-		uint64_t deadline = NEVER;
+		deadline = NEVER;
 		if (self->watched) {
 			deadline = look_at_limits(self);
 			flush_mirrors(self);
@@ -118,10 +122,6 @@ bool switch_run(SwitchObject *self)
 		}
 		if (self->stopping || self->ended)
 			break;
-		uint64_t now = self->now;
-		visit_unlock_worker(&self->lock);
-		count = wait_for_events(self, now, deadline, events);
-		visit_lock_worker(&self->lock);
 	}
 	if (free)
 		self->running = false;

@@ -150,6 +150,7 @@ static void live(uint64_t seed)
 	}
 	use_disks();
 	use_nics();
+	use_switches();
 	if (memcmp(rom, world.rom, sizeof(rom)))
 		fail("the ROM has changed");
 	Py_CLEAR(world.ring);

@@ -31,7 +31,7 @@ struct world {
 	uint64_t timer_due; // reference time; 0 while the host's timer is not armed
 	enum { NOTHING, MSR, CALL_32, CALL_64, SIGNAL } answered; // what the last exit asked for
 	uint64_t control;
-	uint64_t exits, hypercalls, requests, frames;
+	uint64_t exits, hypercalls, requests, frames, switched;
 };
 
 extern struct world world;
@@ -54,6 +54,9 @@ void use_disks(void); // what a storage controller does, with the GIL
 
 // nics.c
 void use_nics(void); // what a synthetic NIC does, with the GIL
+
+// switches.c
+void use_switches(void); // what the ports of a switch do, with the GIL
 
 // lives.c
 _Noreturn void fail(const char *what);
