@@ -1,7 +1,7 @@
 // Fuzzes pyvmm/core/hot under the run loop that users run, with a KVM that does anything (kvm.c) and no /dev/kvm.
 // Usage: hot SEED SECONDS LIVES. A life is a partition of three VPs from power-on to its end; life N has the seed SEED + N.
-// Ends after SECONDS or LIVES, whichever is first, and prints the numbers of lives, exits, hypercalls, storage requests and
-// frames sent.
+// Ends after SECONDS or LIVES, whichever is first, and prints the numbers of lives, exits, hypercalls, storage requests,
+// frames sent by NICs, and frames that came out of switches.
 // Built with -fsanitize=address,undefined: what guest memory, run pages and Python objects hold has red zones.
 
 #include "world.h"
@@ -191,9 +191,9 @@ int main(int argc, char **argv)
 		clock_gettime(CLOCK_MONOTONIC, &now);
 		elapsed = (double)(now.tv_sec - start.tv_sec) + (double)(now.tv_nsec - start.tv_nsec) / 1e9;
 	}
-	printf("seed %llu: %llu lives, %llu exits, %llu hypercalls, %llu requests, %llu frames in %.1f s\n",
+	printf("seed %llu: %llu lives, %llu exits, %llu hypercalls, %llu requests, %llu frames, %llu switched in %.1f s\n",
 	       (unsigned long long)seed, (unsigned long long)done, (unsigned long long)world.exits,
 	       (unsigned long long)world.hypercalls, (unsigned long long)world.requests,
-	       (unsigned long long)world.frames, elapsed);
+	       (unsigned long long)world.frames, (unsigned long long)world.switched, elapsed);
 	return 0;
 }
