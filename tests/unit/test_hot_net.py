@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -842,3 +844,59 @@ def test_completions_say_how_the_message_was(rig: Rig) -> None:
     ((_, _, _, header, payload),) = rig.queue.take()
     assert header == b""
     assert payload[:28] == struct.pack("<II20x", COMPLETE, SUCCESS)
+
+
+def test_channels_on_threads_of_their_own_lose_nothing_and_keep_the_order_of_connections() -> None:
+    rig = Rig(queues=3, ring_pages=9)
+    rig.device.set_rss(bytes(range(1, 41)), [0, 1, 2, 1], 0x200)
+    stop = threading.Event()
+
+    def work(queue: Queue) -> None:
+        while not stop.is_set():
+            idle, _, _, unsent, _ = queue.engine.serve()
+            assert not unsent
+            if idle and select.select([queue.doorbell, queue.engine.event], [], [], 5)[0]:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(queue.doorbell)
+
+    workers = [threading.Thread(target=work, args=(queue,)) for queue in rig.queues]
+    for worker in workers:
+        worker.start()
+    seen: dict[int, list[int]] = {}
+    completed = sent = arrived = 0
+    try:
+        for round_ in range(200):
+            for connection in range(6):
+                packet = frames.tcp(b"", source="10.0.0.1", to="10.0.0.2", ports=(connection, 80), sequence=round_)
+                rig.arrive(frames.packet4(packet, frames.TCP))
+                arrived += 1
+            for index in range(3):
+                rig.send(rndis(frame_of(60)), section=index, queue=index)
+                os.eventfd_write(rig.queues[index].doorbell, 1)
+                sent += 1
+            while completed < sent or sum(map(len, seen.values())) < arrived:
+                for index, queue in enumerate(rig.queues):
+                    for kind, _, number, header, payload in queue.take():
+                        if kind == PACKET_COMPLETION:
+                            assert struct.unpack_from("<II", payload) == (COMPLETE, SUCCESS)
+                            completed += 1
+                            continue
+                        for at in range(8, len(header), 8):
+                            size, offset = struct.unpack_from("<II", header, at)
+                            data = rig.read_section(offset, size)[112:]
+                            port, sequence = struct.unpack_from(">HxxI", data, 34)
+                            seen.setdefault(port, []).append(sequence)
+                        rig.give_back(number, index)
+                        os.eventfd_write(queue.doorbell, 1)
+            if round_ % 50 == 49:
+                rig.device.set_filter(PROMISCUOUS | DIRECTED, MAC)
+                rig.device.set_frame_size(1514)
+                assert len(rig.sent()) == 150
+    finally:
+        stop.set()
+        for queue, worker in zip(rig.queues, workers, strict=True):
+            os.eventfd_write(queue.doorbell, 1)
+            worker.join()
+    assert seen == {connection: list(range(200)) for connection in range(6)}
+    assert all(queue.engine.inspect()["packets_out"] > 200 for queue in rig.queues)
+    rig.close()
