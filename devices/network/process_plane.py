@@ -1,6 +1,6 @@
 """The data plane in this process, for hosts whose kernel lacks something or gives no privileges: `_hot.Switch`.
 
-Sources: Linux 6.1 include/uapi/linux/if_tun.h, if_packet.h and sockios.h; packet(7).
+Sources: Linux 6.1 include/uapi/linux/if_packet.h and sockios.h; packet(7).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 
+from devices.network import tap
 from devices.network.plane import DataPlane, Learned, PlaneError
 from devices.network.port import OFFLOAD_CHECKSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, OFFLOAD_TSO_ECN
 from devices.network.settings import MAX_VLAN, MIN_VLAN, PortStatistics, VlanMode
@@ -33,8 +34,6 @@ MIRROR_LIMIT = 1 << 30
 #: Bytes that a port's sockets hold in each direction; the host may allow less.
 _SOCKET_BUFFER, _UPLINK_BUFFER = 1 << 20, 4 << 20
 
-_TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x2, 0x1000, 0x4000, 0x8000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU, _SIOCSIFHWADDR, _SIOCGIFHWADDR = 0x8913, 0x8914, 0x8922, 0x8924, 0x8927
 _IFF_UP = 1
 _ARPHRD_ETHER = 1
@@ -168,14 +167,10 @@ def _set_buffer(end: socket.socket, force: int, option: int, size: int) -> None:
 
 def make_tap(name: str, mtu: int) -> int:
     """The descriptor of a new TAP that is up."""
+    fd = -1
     try:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise PlaneError(f"host interface {name}: /dev/net/tun: {error.strerror}; run as root") from error
-    try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack(_IFREQ_FLAGS, name.encode(), flags))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, OFFLOAD_CHECKSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN)
+        fd = tap.create(name)
+        tap.set_offloads(fd, OFFLOAD_CHECKSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN)
         # The same at every start, as guests remember it; of those that nobody is given (IEEE 802c).
         mac = b"\x02" + hashlib.sha256(name.encode()).digest()[:5]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asker:
@@ -183,12 +178,11 @@ def make_tap(name: str, mtu: int) -> int:
             fcntl.ioctl(asker, _SIOCSIFMTU, struct.pack(_IFREQ_INT, name.encode(), mtu))
             had = struct.unpack(_IFREQ_FLAGS, fcntl.ioctl(asker, _SIOCGIFFLAGS, struct.pack("16s24x", name.encode())))
             fcntl.ioctl(asker, _SIOCSIFFLAGS, struct.pack(_IFREQ_FLAGS, name.encode(), had[1] | _IFF_UP))
-    except PermissionError as error:
-        os.close(fd)
-        raise PlaneError(f"host interface {name}: CAP_NET_ADMIN is needed; run as root") from error
     except OSError as error:
-        os.close(fd)
-        raise PlaneError(f"host interface {name}: {error.strerror}") from error
+        if fd >= 0:
+            os.close(fd)
+        needs = "; run as root" if isinstance(error, PermissionError) else ""
+        raise PlaneError(f"host interface {name}: {error.strerror}{needs}") from error
     return fd
 
 

@@ -16,7 +16,7 @@ from devices.network.port import MAX_MTU, VNET_HEADER_SIZE, Port
 
 _TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
 _TUNSETOFFLOAD, _TUNSETVNETHDRSZ, _TUNSETVNETLE = 0x400454D0, 0x400454D8, 0x400454DC
-_IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x2, 0x100, 0x1000, 0x4000
+_IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x2, 0x100, 0x1000, 0x4000, 0x8000
 _SIOCGIFMTU = 0x8921
 #: struct ifreq: the name, and a union whose first field we use.
 _IFREQ_FLAGS, _IFREQ_INT = "16sH22x", "16si20x"
@@ -27,7 +27,7 @@ class TapPort(Port):
 
     def set_offloads(self, offloads: int) -> None:
         """The OFFLOAD_* are the kernel's own."""
-        fcntl.ioctl(self.fd, _TUNSETOFFLOAD, offloads)
+        set_offloads(self.fd, offloads)
 
     def close(self) -> None:
         """Leave the TAP, which is gone then unless it is persistent."""
@@ -43,13 +43,36 @@ def open_tap(name: str) -> TapPort:
         raise SwitchError(f"tap {name}: /dev/net/tun: {error.strerror}; see pyvmm doctor", "host") from error
     try:
         _attach(fd, name)
-        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_SIZE))
-        fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
+        _agree(fd)
     except OSError as error:
         os.close(fd)
         raise SwitchError(f"tap {name}: {_reason(error)}", "host") from error
     return TapPort(fd, f"tap {name}", min(mtu, MAX_MTU))
+
+
+def create(name: str) -> int:
+    """The descriptor of a new TAP, which is down and goes with it; raises OSError, EBUSY if there is that name."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack(_IFREQ_FLAGS, name.encode(), flags))
+        _agree(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def set_offloads(fd: int, offloads: int) -> None:
+    """Say what may come out of a TAP. The OFFLOAD_* are the kernel's own."""
+    fcntl.ioctl(fd, _TUNSETOFFLOAD, offloads)
+
+
+def _agree(fd: int) -> None:
+    """Have frames as `devices.network.port` says."""
+    fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HEADER_SIZE))
+    fcntl.ioctl(fd, _TUNSETVNETLE, struct.pack("i", 1))
+    set_offloads(fd, 0)
 
 
 def _attach(fd: int, name: str) -> None:
