@@ -62,6 +62,9 @@ class SwitchDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     type: SwitchType = SwitchType.PRIVATE
     #: Of an external switch: the host's interface that joins it.
     interface: str | None = None
+    #: Whether that interface's addresses and routes move to the switch, so that the host keeps its network; only with
+    #: the kernel's plane does the host lose it otherwise.
+    share: bool = False
     #: The host's addresses on an internal or NAT switch, such as ``192.168.77.1/24``; NAT has one of IPv4, and at most
     #: one of IPv6.
     addresses: tuple[str, ...] = ()
@@ -110,6 +113,8 @@ def check(definition: SwitchDefinition) -> None:
         raise SwitchError(f"{where}: {message or 'only an external switch has an interface of the host'}", "usage")
     if definition.interface is not None and not _interface_name(definition.interface):
         raise SwitchError(f"{where}: {definition.interface!r} is no interface's name", "usage")
+    if definition.share and kind is not SwitchType.EXTERNAL:
+        raise SwitchError(f"{where}: only an external switch shares an interface of the host", "usage")
     if definition.addresses and not hosted:
         raise SwitchError(f"{where}: only internal and nat switches have addresses", "usage")
     if len(definition.addresses) > MAX_ADDRESSES:
@@ -254,5 +259,5 @@ def plain(definition: SwitchDefinition) -> dict[str, Any]:
 
 def to_toml(definition: SwitchDefinition) -> str:
     """The file that gives `definition` again; what has no value is left out. JSON's values are TOML's too."""
-    values = {name: value for name, value in msgspec.to_builtins(definition).items() if value not in (None, (), [])}
+    values = {name: value for name, value in msgspec.to_builtins(definition).items() if value not in (None, False, (), [])}
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())

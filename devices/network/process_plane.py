@@ -68,7 +68,7 @@ class ProcessPlane(DataPlane):
             self._switch.add_port(_OUTSIDE, "tap", fd)
             self.host_interface = definition.host_interface
         elif definition.interface is not None:
-            fd, mac = open_uplink(definition.interface)
+            fd, mac = open_packets(definition.interface)
             # Its own address is known, so that what comes for the host itself isn't for VMs.
             self._switch.add_port(_OUTSIDE, "packet", fd, tagged=range(MIN_VLAN, MAX_VLAN + 1), mac=mac)
         self._thread = threading.Thread(target=self._main, name=f"switch {definition.name}", daemon=True)
@@ -121,13 +121,7 @@ class ProcessPlane(DataPlane):
 
     def mirror(self, number: int, path: str | None) -> None:
         """Write all frames of a port to a new pcap file, up to MIRROR_LIMIT bytes, or stop that."""
-        fd = -1
-        if path is not None:
-            try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise PlaneError(f"{path}: {error.strerror}") from error
-        self._switch.mirror(number, fd, MIRROR_LIMIT)
+        self._switch.mirror(number, -1 if path is None else new_file(path), MIRROR_LIMIT)
 
     def statistics(self, number: int) -> PortStatistics:
         """What the port has counted."""
@@ -165,14 +159,26 @@ def _set_buffer(end: socket.socket, force: int, option: int, size: int) -> None:
 # The host ---------------------------------------------------------------------------------------------
 
 
+def new_file(path: str) -> int:
+    """The descriptor of a file of a mirror."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise PlaneError(f"{path}: {error.strerror}") from error
+
+
+def host_mac(name: str) -> bytes:
+    """The address of a host interface: the same at every start, as guests remember it; nobody is given such (802c)."""
+    return b"\x02" + hashlib.sha256(name.encode()).digest()[:5]
+
+
 def make_tap(name: str, mtu: int) -> int:
     """The descriptor of a new TAP that is up."""
     fd = -1
     try:
         fd = tap.create(name)
         tap.set_offloads(fd, OFFLOAD_CHECKSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN)
-        # The same at every start, as guests remember it; of those that nobody is given (IEEE 802c).
-        mac = b"\x02" + hashlib.sha256(name.encode()).digest()[:5]
+        mac = host_mac(name)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asker:
             fcntl.ioctl(asker, _SIOCSIFHWADDR, struct.pack(_IFREQ_ADDRESS, name.encode(), _ARPHRD_ETHER, mac))
             fcntl.ioctl(asker, _SIOCSIFMTU, struct.pack(_IFREQ_INT, name.encode(), mtu))
@@ -186,8 +192,8 @@ def make_tap(name: str, mtu: int) -> int:
     return fd
 
 
-def open_uplink(name: str) -> tuple[int, bytes]:
-    """A socket of all frames of the interface, the descriptor, and the interface's own address."""
+def open_packets(name: str, both_ways: bool = False) -> tuple[int, bytes]:
+    """A socket of all frames that come by the interface, or also those that go, and the interface's own address."""
     kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     try:
         with socket.socket(socket.AF_PACKET, kind, 0) as uplink:
@@ -196,8 +202,9 @@ def open_uplink(name: str) -> tuple[int, bytes]:
             _, family, mac = struct.unpack(_IFREQ_ADDRESS, answer)
             if family != _ARPHRD_ETHER:
                 raise PlaneError(f"uplink {name}: it is no Ethernet interface")
-            for option in (_VNET_HDR, _AUXDATA, _IGNORE_OUTGOING):
+            for option in (_VNET_HDR, _AUXDATA):
                 uplink.setsockopt(_SOL_PACKET, option, 1)
+            uplink.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, not both_ways)
             uplink.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, struct.pack("iHH8x", index, _MR_PROMISC, 0))
             _set_buffer(uplink, _SO_RCVBUFFORCE, socket.SO_RCVBUF, _UPLINK_BUFFER)
             _set_buffer(uplink, _SO_SNDBUFFORCE, socket.SO_SNDBUF, _UPLINK_BUFFER)

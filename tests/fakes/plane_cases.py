@@ -185,9 +185,10 @@ class PlaneCases:
     def test_a_frame_keeps_its_tag_from_trunk_to_trunk(self, rig: Rig) -> None:
         a, b = rig.trunk(10, 20), rig.trunk(10, 30)
         priority = 5 << 13
+        frame = a.frame(to=b.mac, text=bytes(46))
         for vlan in (10, 20):
-            a.send(frames.tagged(a.frame(to=b.mac), vlan | priority))
-        assert b.heard(rig.access(10), tag=10) == [frames.tagged(a.frame(to=b.mac), 10 | priority)]
+            a.send(frames.tagged(frame, vlan | priority))
+        assert b.heard(rig.access(10), tag=10) == [frames.tagged(frame, 10 | priority)]
 
     def test_a_second_tag_does_not_lead_to_another_vlan(self, rig: Rig) -> None:
         a, b, twenty = rig.trunk(10), rig.trunk(20, native=10), rig.access(20)

@@ -16,7 +16,7 @@ import pytest
 from devices.network.definition import SwitchDefinition, SwitchType
 from devices.network.plane import Learned, PlaneError
 from devices.network.port import OFFLOAD_CHECKSUM, OFFLOAD_TSO4, OFFLOAD_TSO6
-from devices.network.process_plane import ProcessPlane, make_tap, open_uplink
+from devices.network.process_plane import ProcessPlane, make_tap, open_packets
 from pyvmm.core._hot import Switch
 from tests.fakes import frames
 from tests.fakes.netns import NetworkNamespace
@@ -132,7 +132,7 @@ def test_kernels_reach_each_other_through_an_uplink(
         fd = guest.run(lambda: make_tap("tap1", 1500))
         add_addresses(guest, "tap1", 1)
         switch.add_port(1, "tap", fd)
-        fd, mac = host.run(lambda: open_uplink("uplink"))
+        fd, mac = host.run(lambda: open_packets("uplink"))
         switch.add_port(2, "packet", fd, mac=mac)
         transfer(guest, network, address)
         transfer(network, guest, address.replace("2", "1"))

@@ -1,0 +1,13 @@
+"""Runs inside the lab for test_kernel_plane.py, as a module of tests: the kernel's data plane, through what all planes do."""
+
+from __future__ import annotations
+
+from devices.network.definition import SwitchDefinition
+from devices.network.kernel.plane import KernelPlane
+from devices.network.plane import DataPlane
+from tests.fakes.plane_cases import PlaneCases
+
+
+class TestKernelPlane(PlaneCases):
+    def make_plane(self) -> DataPlane:
+        return KernelPlane(SwitchDefinition(name="test"))
