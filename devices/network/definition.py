@@ -62,8 +62,7 @@ class SwitchDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     type: SwitchType = SwitchType.PRIVATE
     #: Of an external switch: the host's interface that joins it.
     interface: str | None = None
-    #: Whether that interface's addresses and routes move to the switch, so that the host keeps its network; only with
-    #: the kernel's plane does the host lose it otherwise.
+    #: Whether its addresses and routes move to the kernel's bridge, without which the host would lose them.
     share: bool = False
     #: The host's addresses on an internal or NAT switch, such as ``192.168.77.1/24``; NAT has one of IPv4, and at most
     #: one of IPv6.
@@ -259,5 +258,7 @@ def plain(definition: SwitchDefinition) -> dict[str, Any]:
 
 def to_toml(definition: SwitchDefinition) -> str:
     """The file that gives `definition` again; what has no value is left out. JSON's values are TOML's too."""
-    values = {name: value for name, value in msgspec.to_builtins(definition).items() if value not in (None, False, (), [])}
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    values = msgspec.to_builtins(definition)
+    return "".join(
+        f"{name} = {json.dumps(value)}\n" for name, value in values.items() if value not in (None, False, ())
+    )

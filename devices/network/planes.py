@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
+import struct
 import subprocess
 
 from devices.network.definition import PlaneChoice, SwitchType
@@ -22,6 +25,8 @@ _NET_ADMIN, _NET_RAW = 12, 13
 _PROBE_S = 10.0
 #: The address is used at once (IFA_F_NODAD of linux/if_addr.h): nobody else is there yet.
 _NO_DAD = 0x02
+_SIOCGIFADDR = 0x8915
+_LINK_LOCAL = 0x20
 
 
 class Offer:
@@ -75,6 +80,8 @@ def plane_for(definition: SwitchDefinition, host: dict[str, Offer] | None = None
         return "kernel", "asked for"
     if lacking:
         return "process", f"the kernel's needs {lacking[0]}"
+    if definition.interface is not None and not definition.share and _has_addresses(definition.interface):
+        return "process", f"{definition.interface} has addresses, which the host keeps so; --share moves them"
     return "kernel", "the host has all that it needs"
 
 
@@ -121,6 +128,22 @@ def _tun() -> str:
         remedy = "modprobe tun" if isinstance(error, FileNotFoundError) else "run as root"
         return f"{_TUN} ({error.strerror}: {remedy})"
     return ""
+
+
+def _has_addresses(interface: str) -> bool:
+    """Whether the host has addresses there (netdevice(7); net/ipv6/addrconf.c: if6_seq_show)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asker:
+        try:
+            fcntl.ioctl(asker, _SIOCGIFADDR, struct.pack("16s24x", os.fsencode(interface)))
+            return True
+        except OSError:
+            pass
+    try:
+        with open("/proc/net/if_inet6", encoding="utf-8", errors="surrogateescape") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return False  # a host without IPv6
+    return any(row[5] == interface and int(row[3], 16) != _LINK_LOCAL for row in rows)
 
 
 def _capability(bit: int, name: str) -> str:

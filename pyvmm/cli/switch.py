@@ -44,6 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     )
     create.add_argument("--interface", metavar="IF", help="the host's interface that joins an external switch")
     create.add_argument(
+        "--share", action="store_true", help="move that interface's addresses and routes to the switch, for the host"
+    )
+    create.add_argument(
         "--address",
         metavar="CIDR",
         dest="addresses",

@@ -31,7 +31,7 @@ _WIDTHS = {"addresses": 17}
 def create(args: argparse.Namespace) -> int:
     """Make a switch."""
     kind = SwitchType(args.type or "private")
-    values: dict[str, Any] = {"name": args.name, "type": kind, "interface": args.interface}
+    values: dict[str, Any] = {"name": args.name, "type": kind, "interface": args.interface, "share": args.share}
     values["addresses"] = tuple(args.addresses or ())
     values["forwards"] = tuple(args.forwards or ())
     if args.plane is not None:

@@ -1,4 +1,4 @@
-"""Runs inside the lab for test_kernel_plane.py, as a module of tests: the kernel's data plane, through what all planes do."""
+"""Tests that test_kernel_plane.py runs inside the lab: the kernel's data plane, through what all planes do."""
 
 from __future__ import annotations
 

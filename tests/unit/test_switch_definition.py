@@ -243,3 +243,11 @@ def test_the_host_is_examined_without_a_trace() -> None:
     assert set(found) == set(offers())
     assert os.listdir("/sys/class/net") == before
     assert all(offer.purpose and (offer.there or offer.why) for offer in found.values())
+
+
+def test_an_interface_with_addresses_stays_the_hosts_unless_the_switch_shares_it() -> None:
+    outside = SwitchDefinition(name="lan", type=SwitchType.EXTERNAL, interface="lo")
+    plane, why = planes.plane_for(outside, offers())
+    assert plane == "process" and "lo has addresses" in why
+    assert planes.plane_for(msgspec.structs.replace(outside, share=True), offers())[0] == "kernel"
+    assert planes.plane_for(msgspec.structs.replace(outside, interface="eth77"), offers())[0] == "kernel"

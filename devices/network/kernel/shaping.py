@@ -41,9 +41,7 @@ def set_limit(links: Links, index: int, ifb: str, limit: int | None, mtu: int) -
 def dropped(links: Links, *indexes: int) -> int:
     """How many frames these interfaces' buckets have dropped."""
     with attempt("traffic control"):
-        buckets = [
-            qdisc for index in indexes for qdisc in _qdiscs(links, index) if qdisc.get("TCA_KIND") == "tbf"
-        ]
+        buckets = [qdisc for index in indexes for qdisc in _qdiscs(links, index) if qdisc.get("TCA_KIND") == "tbf"]
     return sum(bucket.get(("TCA_STATS2", "TCA_STATS_QUEUE"))["drops"] for bucket in buckets)
 
 
