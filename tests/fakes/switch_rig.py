@@ -24,8 +24,8 @@ def frame(source: str, to: str = frames.BROADCAST, text: bytes = b"") -> bytes:
 class SwitchRig:
     """The switch runs on a thread of its own; what ends is kept in `ended`."""
 
-    def __init__(self, mtu: int = 1500) -> None:
-        self.switch = Switch(mtu, manual_time=True)
+    def __init__(self, mtu: int = 1500, patient: bool = False) -> None:
+        self.switch = Switch(mtu, manual_time=True, patient=patient)
         self.now = 0
         self.ended: list[tuple[int, str]] = []
         self._news = threading.Condition()

@@ -82,6 +82,31 @@ def test_a_stream_that_is_read_late_loses_whole_frames_only(rig: SwitchRig) -> N
     assert receive_stream(stream, 1) == [frame(A, text=b"after")]
 
 
+def test_a_patient_switch_holds_a_port_up_rather_than_lose_frames() -> None:
+    rig = SwitchRig(patient=True)
+    nic, stream = rig.port(1), rig.stream(2)
+    there = [frame(A, text=number.to_bytes(2, "big") * 600) for number in range(4000)]
+    back = [frame(B, text=number.to_bytes(2, "big") * 600) for number in range(4000)]
+
+    def feed() -> None:
+        for each in there:
+            send(nic, each)
+
+    def feed_back() -> None:
+        stream.sendall(b"".join(len(each).to_bytes(4, "big") + each for each in back))
+
+    for feeder in (feed, feed_back):
+        thread = threading.Thread(target=feeder)
+        thread.start()
+        if feeder is feed:
+            assert receive_stream(stream, len(there)) == there
+        else:
+            assert [receive(nic) for _ in back] == back
+        thread.join()
+    assert rig.dropped(1) == rig.dropped(2) == {}
+    rig.close()
+
+
 @pytest.mark.parametrize("length", [0, 13, 65535 + 23, 0xFFFFFFFF])
 def test_a_stream_that_sends_no_frames_loses_its_port_alone(rig: SwitchRig, length: int) -> None:
     nic, other, stream = rig.port(1), rig.port(2), rig.stream(3)

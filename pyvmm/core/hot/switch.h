@@ -36,6 +36,8 @@ enum {
 	// What may wait for a port: all of this, or where there is a limit what that passes in QUEUE_NS, but some.
 	QUEUE_BYTES = 512 << 10,
 	QUEUE_LEAST = 128 << 10,
+	// Of a patient switch: more than a batch of the largest frames cut into segments.
+	QUEUE_PATIENT = 4 << 20,
 
 	TABLE_SETS = 1024,
 	TABLE_WAYS = 8,
@@ -160,7 +162,7 @@ typedef struct SwitchObject {
 	unsigned mtu;
 	int epoll, wake;
 	bool stopping, running;
-	bool manual_time;
+	bool manual_time, patient;
 	uint64_t now; // ns
 	struct timespec wall;
 
@@ -254,6 +256,7 @@ void port_bury(SwitchObject *self);
 // After a change: whether there are limits or mirrors that each turn has to look at.
 void switch_watch(SwitchObject *self);
 // Has epoll look for what the port waits for.
+bool port_held(const SwitchObject *self, const struct switch_port *port); // not read, because others have yet to send
 void port_arm(SwitchObject *self, struct switch_port *port);
 void port_lose(SwitchObject *self, struct switch_port *port, const char *why, int error);
 

@@ -51,10 +51,10 @@ static bool make(SwitchObject *self)
 
 static PyObject *switch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"", "manual_time", NULL};
+	static char *names[] = {"", "manual_time", "patient", NULL};
 	unsigned mtu = 1500;
-	int manual_time = 0;
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|I$p:Switch", names, &mtu, &manual_time))
+	int manual_time = 0, patient = 0;
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|I$pp:Switch", names, &mtu, &manual_time, &patient))
 		return NULL;
 	if (mtu < MIN_MTU || mtu > MAX_MTU)
 		return PyErr_Format(PyExc_ValueError, "an MTU is %d to %d", MIN_MTU, MAX_MTU);
@@ -64,6 +64,7 @@ static PyObject *switch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	visit_init(&self->lock);
 	self->mtu = mtu;
 	self->manual_time = manual_time;
+	self->patient = patient;
 	self->epoll = self->wake = -1;
 	if (!make(self)) {
 		PyErr_SetFromErrno(PyExc_OSError);
@@ -163,7 +164,8 @@ static void set_port(SwitchObject *self, struct switch_port *port, const struct 
 	if (port->in.rate != settings->rate) {
 		uint64_t most = settings->rate * QUEUE_NS / 1000000000;
 		port->in = port->out = (struct switch_limit){.rate = settings->rate};
-		port->most = !most || most > QUEUE_BYTES ? QUEUE_BYTES : most < QUEUE_LEAST ? QUEUE_LEAST : most;
+		uint64_t all = self->patient ? QUEUE_PATIENT : QUEUE_BYTES;
+		port->most = !most || most > all ? all : most < QUEUE_LEAST ? QUEUE_LEAST : most;
 	}
 	switch_watch(self);
 	port_send_waiting(self, port); // which nothing may hold up any more

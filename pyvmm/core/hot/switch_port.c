@@ -31,7 +31,7 @@ struct switch_port *port_add(SwitchObject *self, int number, enum switch_kind ki
 		.head = kind == KIND_STREAM ? STREAM_LENGTH : VNET_SIZE,
 		.spoofing = true,
 		.offloads = kind == KIND_TAP || kind == KIND_PACKET ? OFFLOAD_ALL : 0,
-		.most = QUEUE_BYTES,
+		.most = self->patient ? QUEUE_PATIENT : QUEUE_BYTES,
 	};
 	port->last = &port->first;
 	self->ports[self->count++] = port;
@@ -115,9 +115,19 @@ void switch_watch(SwitchObject *self)
 		self->watched |= self->ports[i]->in.rate || self->ports[i]->out.rate || self->ports[i]->mirror;
 }
 
+bool port_held(const SwitchObject *self, const struct switch_port *port)
+{
+	for (unsigned i = 0; self->patient && i < self->count; i++) {
+		if (self->ports[i] != port && self->ports[i]->first)
+			return true;
+	}
+	return false;
+}
+
 void port_arm(SwitchObject *self, struct switch_port *port)
 {
-	uint32_t wanted = (limit_passes(&port->in, self->now) ? EPOLLIN : 0u) | (port->blocked ? EPOLLOUT : 0u);
+	bool in = limit_passes(&port->in, self->now) && !port_held(self, port);
+	uint32_t wanted = (in ? EPOLLIN : 0u) | (port->blocked ? EPOLLOUT : 0u);
 	if (port->fd < 0 || wanted == port->armed)
 		return;
 	struct epoll_event event = {.events = wanted, .data.ptr = port};

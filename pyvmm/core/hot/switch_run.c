@@ -29,12 +29,12 @@ void switch_look_at_clocks(SwitchObject *self)
 }
 
 // When a limit lets the port go on, or NEVER.
-static uint64_t deadline_of(const struct switch_port *port)
+static uint64_t deadline_of(const SwitchObject *self, const struct switch_port *port)
 {
 	uint64_t deadline = NEVER;
 	if (port->fd < 0)
 		return NEVER;
-	if (!(port->armed & EPOLLIN))
+	if (!(port->armed & EPOLLIN) && !port_held(self, port))
 		deadline = port->in.next;
 	if (port->first && !port->blocked && port->out.next < deadline)
 		deadline = port->out.next;
@@ -76,11 +76,11 @@ static uint64_t look_at_limits(SwitchObject *self)
 	uint64_t next = NEVER;
 	for (unsigned i = 0; i < self->count; i++) {
 		struct switch_port *port = self->ports[i];
-		if (deadline_of(port) <= self->now) {
+		if (deadline_of(self, port) <= self->now) {
 			port_send_waiting(self, port);
 			port_arm(self, port);
 		}
-		uint64_t deadline = deadline_of(port);
+		uint64_t deadline = deadline_of(self, port);
 		if (deadline < next)
 			next = deadline;
 	}
@@ -110,6 +110,8 @@ bool switch_run(SwitchObject *self)
 		switch_look_at_clocks(self);
 		for (int i = 0; i < count; i++)
 			attend(self, events[i].data.ptr, events[i].events);
+		for (unsigned i = 0; self->patient && i < self->count; i++)
+			port_arm(self, self->ports[i]);
 		port_bury(self);
 		deadline = NEVER;
 		if (self->watched) {
