@@ -35,8 +35,8 @@ class UserPort(Port):
 
     def __init__(self, forwards: Sequence[str], on_lost: Callable[[], None] | None = None) -> None:
         """`forwards` lead ports of the host to the guest, as ``tcp:[ADDRESS:]8080:80``. Raises SwitchError."""
-        switch = _hot.Switch(DEFAULT_MTU)
         stream = _start(forwards, DEFAULT_MTU)
+        switch = _hot.Switch(DEFAULT_MTU, patient=True)
         switch.add_port(_PASST, "stream", stream.detach())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         switch.add_port(_NIC, "socket", theirs.detach())
