@@ -213,7 +213,7 @@ class Rig:
                 size, offset = struct.unpack_from("<II", header, 8 + 8 * index)
                 assert offset % self.section == 0
                 assert size <= self.section
-                result.append(self._parse(self.read_section(offset, size), number))
+                result.append(self.parse(self.read_section(offset, size), number))
             if complete:
                 self.give_back(number, queue)
         return result
@@ -225,7 +225,8 @@ class Rig:
         assert fits
 
     @staticmethod
-    def _parse(message: bytes, transaction: int) -> Received:
+    def parse(message: bytes, transaction: int) -> Received:
+        """What is in a section."""
         kind, size, data, length, oob, oob_length, oob_count, ppis, ppis_length, _, _ = struct.unpack_from(
             "<11I", message
         )
