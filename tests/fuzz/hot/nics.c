@@ -312,7 +312,8 @@ static void look(unsigned channel)
 {
 	uint8_t *control = world.ram + page_of(channel, true) * HOT_PAGE_SIZE, *data = control + HOT_PAGE_SIZE;
 	uint32_t in = get32(control), out = get32(control + 4);
-	while (in < RING && out < RING && in != out && out % 8 == 0) {
+	// A ring that was spoilt may lead round and round.
+	for (unsigned left = RING / 8; left && in < RING && out < RING && in != out && out % 8 == 0; left--) {
 		struct ring_descriptor descriptor;
 		for (uint32_t i = 0; i < sizeof(descriptor); i++)
 			((uint8_t *)&descriptor)[i] = data[(out + i) % RING];
