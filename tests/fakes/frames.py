@@ -146,6 +146,8 @@ def partial(frame: bytes, gso_size: int = 0) -> bytes:
     found = parts(frame)
     field = found.transport + (16 if found.protocol == TCP else 6)
     total = checksum(pseudo_of(frame, len(frame) - found.transport)) ^ 0xFFFF
-    kind = {4: 1, 6: 4}[found.version] if gso_size else 0
+    kind = 0
+    if gso_size:
+        kind = 5 if found.protocol == UDP else {4: 1, 6: 4}[found.version]
     head = vnet(1, kind, found.payload, gso_size, found.transport, field - found.transport)
     return head + frame[:field] + struct.pack(">H", total) + frame[field + 2 :]

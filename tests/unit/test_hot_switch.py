@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -448,6 +449,32 @@ def test_what_is_left_in_a_header_does_not_reach_others(rig: SwitchRig) -> None:
     rig.switch.set_offloads(2, 15)
     a.send(frames.vnet(0, 0, 0x1111, 0x2222, 0x3333, 0x4444) + frame(A))
     assert b.recv(2000) == frames.vnet() + frame(A)
+
+
+def test_datagrams_in_one_message_are_cut_for_everybody(rig: SwitchRig) -> None:
+    a, b = rig.port(1), rig.port(2)
+    rig.switch.set_offloads(2, 15)
+    packet = frames.udp(bytes(range(250)) * 10, ports=(1, 2), source=IP["source"], to=IP["to"])
+    a.send(frames.partial(frames.packet4(packet, frames.UDP, source=A), 1000))
+    got = [receive(b) for _ in range(3)]
+    for each in got:
+        frames.assert_right(each)
+    assert b"".join(each[42:] for each in got) == packet[8:]
+
+
+@pytest.mark.parametrize(("from_tag", "to_tag"), [(None, 7), (7, None), (7, 7), (None, None)])
+def test_a_partial_checksum_is_found_where_the_tag_has_moved_it(
+    rig: SwitchRig, from_tag: int | None, to_tag: int | None
+) -> None:
+    ways: dict[int | None, dict[str, Any]] = {None: {"vlan": 7}, 7: {"tagged": [7]}}
+    a, b = rig.port(1, **ways[from_tag]), rig.port(2, **ways[to_tag], mac=mac(B))
+    rig.switch.set_offloads(2, 15)
+    plain = tcp_frame(100, to=B)
+    sent = frames.partial(frames.tagged(plain, 7) if from_tag else plain)
+    wanted = bytearray(frames.partial(frames.tagged(plain, 7) if to_tag else plain))
+    a.send(sent)
+    wanted[2:4] = bytes(2)  # the size of headers means something to segmentation only
+    assert b.recv(2000) == bytes(wanted)
 
 
 def test_a_flooded_frame_is_complete_for_all(rig: SwitchRig) -> None:

@@ -293,12 +293,18 @@ def test_headers_that_lie_are_refused(header: bytes) -> None:
     assert not _LIBRARY.net_vnet_valid(header, ctypes.byref(found))
 
 
-def test_only_whole_tcp_packets_with_data_are_segmented() -> None:
+def test_only_whole_packets_with_data_are_segmented() -> None:
     header = frames.vnet(1, 1, 0, 1000, 34, 16)
     packet = frames.tcp(b"data", source=A4, to=B4)
     good = frames.packet4(packet, frames.TCP)
     cut = frames.ethernet(frames.ipv4(packet, frames.TCP, source=A4, to=B4, fragment=0x2000), frames.IPV4)
     udp = frames.packet4(packet, frames.UDP)
+    datagrams = frames.vnet(1, 5, 0, 1000, 34, 6)
+    for frame in (good, cut):
+        found = parse(frame)
+        assert found is not None and not _LIBRARY.net_vnet_valid(datagrams, ctypes.byref(found))
+    found = parse(udp)
+    assert found is not None and _LIBRARY.net_vnet_valid(datagrams, ctypes.byref(found))
     for frame, right in ((good, True), (good[:-4], False), (cut, False), (udp, False)):
         found = parse(frame)
         assert found is not None
@@ -353,3 +359,20 @@ def test_64_kib_are_cut_into_frames_of_1514_bytes() -> None:
     assert [len(segment) for segment in result] == [1514] * 44 + [54 + len(data) - 44 * 1460]
     for segment in result:
         frames.assert_right(segment)
+
+
+@given(st.integers(1, 9000), st.integers(48, 9000), st.booleans(), st.lists(st.integers(0, 9100), max_size=4))
+def test_datagrams_are_right_and_together_what_was_cut(size: int, most: int, six: bool, cuts: list[int]) -> None:
+    data = random.Random(size).randbytes(size)
+    source, to = (A6, B6) if six else (A4, B4)
+    packet = frames.udp(data, source=source, to=to, ports=(5, 6))
+    ip = frames.ipv6 if six else frames.ipv4
+    frame = frames.ethernet(ip(packet, frames.UDP, source=source, to=to), frames.IPV6 if six else frames.IPV4)
+    found = frames.parts(frame)
+    result = segments(frames.partial(frame, most), cuts)
+    assert b"".join(segment[found.payload :] for segment in result) == data
+    for segment in result:
+        frames.assert_right(segment)
+        at = found.transport
+        assert segment[at : at + 4] == packet[:4] and segment[at + 6 : at + 8] != b"\0\0"
+        assert int.from_bytes(segment[at + 4 : at + 6], "big") == len(segment) - at

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespa
 _SIZE = 8 << 20
 _SOL_PACKET, _AUXDATA = 263, 8
 _ETH_P_ALL = 3
+_SOL_UDP, _UDP_SEGMENT = 17, 103
 ALL = OFFLOAD_CHECKSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6
 
 
@@ -136,6 +137,38 @@ def test_kernels_reach_each_other_through_an_uplink(
         switch.add_port(2, "packet", fd, mac=mac)
         transfer(guest, network, address)
         transfer(network, guest, address.replace("2", "1"))
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "fd00::1"])
+def test_datagrams_that_a_kernel_leaves_in_one_piece_reach_a_guest_one_by_one(
+    spaces: tuple[NetworkNamespace, NetworkNamespace], switch: Switch, address: str
+) -> None:
+    guest, network = spaces
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with NetworkNamespace() as host:
+        join(host, network)
+        add_addresses(network, "peer", 2)
+        fd = guest.run(lambda: make_tap("tap1", 1500))
+        add_addresses(guest, "tap1", 1)
+        switch.add_port(1, "tap", fd)
+        fd, mac = host.run(lambda: open_packets("uplink"))
+        switch.add_port(2, "packet", fd, mac=mac)
+        with (
+            guest.run(lambda: socket.socket(family, socket.SOCK_DGRAM)) as receiver,
+            network.run(lambda: socket.socket(family, socket.SOCK_DGRAM)) as sender,
+        ):
+            receiver.settimeout(20)
+            receiver.bind((address, 5000))
+            sender.sendto(b"first", (address, 5000))  # so that the neighbour is known
+            assert receiver.recv(2000) == b"first"
+            sender.setsockopt(_SOL_UDP, _UDP_SEGMENT, 1000)
+            data = random.Random(1).randbytes(9500)
+            sender.sendto(data, (address, 5000))
+            got = [receiver.recv(2000) for _ in range(10)]
+    assert b"".join(got) == data and {len(each) for each in got} == {1000, 500}
+    statistics = switch.statistics(2)
+    assert statistics["received_bytes"] > 9500 and statistics["dropped"] == {}
+    assert statistics["received_frames"] < 10
 
 
 def join(host: NetworkNamespace, network: NetworkNamespace) -> None:

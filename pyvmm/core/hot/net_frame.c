@@ -167,7 +167,7 @@ bool net_vnet_valid(const struct net_vnet *vnet, const struct net_frame *frame)
 		if (vnet->csum_start < NET_ETHERNET || field + 2 > frame->size)
 			return false;
 	}
-	unsigned version = 0;
+	unsigned version = frame->version, protocol = PROTOCOL_TCP;
 	switch (vnet->gso_type) {
 	case VNET_GSO_NONE:
 		return true;
@@ -179,10 +179,13 @@ bool net_vnet_valid(const struct net_vnet *vnet, const struct net_frame *frame)
 	case VNET_GSO_TCPV6 | VNET_GSO_ECN:
 		version = 6;
 		break;
-	default: // UDP's is obsolete
+	case VNET_GSO_UDP_L4:
+		protocol = PROTOCOL_UDP;
+		break;
+	default: // among others UDP's older one, which makes fragments
 		return false;
 	}
-	return frame->version == version && frame->protocol == PROTOCOL_TCP && frame->payload && !frame->fragment &&
+	return frame->version == version && frame->protocol == protocol && frame->payload && !frame->fragment &&
 	       frame->payload < frame->size && vnet->gso_size >= NET_MIN_SEGMENT && net_vnet_plain(vnet, frame);
 }
 
@@ -339,30 +342,42 @@ size_t net_gather(const struct iovec *parts, unsigned count, size_t offset, void
 
 // Segments -----------------------------------------------------------------------------------------
 
+// Sets what differs between the headers of segments, all but checksums.
+static void put_segment(const struct net_frame *frame, const uint8_t *head, struct net_frame *segment, uint8_t *headers,
+			uint32_t at, uint32_t length, unsigned number)
+{
+	const uint8_t *ip = head + frame->network, *tcp = head + frame->transport;
+	uint8_t *to = headers + frame->transport;
+	segment->size = frame->payload + length;
+	if (frame->version == 4)
+		net_put16(headers + frame->network + 4, net_get16(ip + 4) + number);
+	net_set_length(segment, headers);
+	if (frame->protocol == PROTOCOL_UDP) {
+		net_put16(to + 4, UDP_HEADER + length);
+		return;
+	}
+	bool last = at + length == frame->size;
+	net_put32(to + 4, net_get32(tcp + 4) + (at - frame->payload));
+	to[TCP_FLAGS] = (uint8_t)(tcp[TCP_FLAGS] & ~((last ? 0 : TCP_FIN | TCP_PSH) | (number ? TCP_CWR : 0)));
+}
+
 bool net_segment(const struct net_vnet *vnet, const struct net_frame *frame, const uint8_t *head,
 		 const struct iovec *parts, unsigned count, net_emit_segment *emit, void *context)
 {
 	uint8_t headers[NET_MAX_HEADERS];
 	memcpy(headers, head, frame->payload);
-	uint8_t *ip = headers + frame->network, *tcp = headers + frame->transport;
-	const uint16_t id = net_get16(ip + 4);
-	const uint32_t sequence = net_get32(tcp + 4);
-	const uint8_t flags = tcp[TCP_FLAGS];
+	bool udp = frame->protocol == PROTOCOL_UDP;
+	uint8_t *transport = headers + frame->transport, *checksum = transport + (udp ? UDP_CHECKSUM : TCP_CHECKSUM);
 	struct net_frame segment = *frame;
 	for (uint32_t at = frame->payload, number = 0; at < frame->size; number++) {
 		uint32_t length = frame->size - at < vnet->gso_size ? frame->size - at : vnet->gso_size;
-		bool last = at + length == frame->size;
-		segment.size = frame->payload + length;
-		if (frame->version == 4)
-			net_put16(ip + 4, id + number);
-		net_set_length(&segment, headers);
-		net_put32(tcp + 4, sequence + (at - frame->payload));
-		tcp[TCP_FLAGS] = (uint8_t)(flags & ~((last ? 0 : TCP_FIN | TCP_PSH) | (number ? TCP_CWR : 0)));
-		tcp[TCP_CHECKSUM] = tcp[TCP_CHECKSUM + 1] = 0;
+		put_segment(frame, head, &segment, headers, at, length, number);
+		checksum[0] = checksum[1] = 0;
 		uint64_t sum = net_pseudo_sum(&segment, headers, segment.size - segment.transport);
-		sum = net_sum(tcp, (size_t)(frame->payload - frame->transport), sum);
+		sum = net_sum(transport, (size_t)(frame->payload - frame->transport), sum);
 		// A header's length is even, so the payload's first byte is a word's first too.
-		put_checksum(tcp + TCP_CHECKSUM, net_sum_parts(parts, count, at, length, sum));
+		uint16_t folded = net_fold(net_sum_parts(parts, count, at, length, sum));
+		put_checksum(checksum, udp && folded == 0xffff ? 0 : folded); // as in net_complete_checksum
 		if (!emit(context, headers, frame->payload, at, length))
 			return false;
 		at += length;

@@ -1,4 +1,4 @@
-// Frames as networks carry them: where their headers are, their checksums, and TCP segments cut to size. Whoever sent them
+// Frames as networks carry them: where their headers are, their checksums, and segments cut to size. Whoever sent them
 // is hostile. No Python, no memory of its own, no locks.
 //
 // Sources: IEEE 802.3 and 802.1Q; RFC 791, 8200 (IP), 9293 (TCP), 768 (UDP), 1071 (checksum), 4302 (AH); struct
@@ -40,6 +40,7 @@ enum {
 	VNET_GSO_NONE = 0,
 	VNET_GSO_TCPV4 = 1,
 	VNET_GSO_TCPV6 = 4,
+	VNET_GSO_UDP_L4 = 5,
 	VNET_GSO_ECN = 0x80,
 
 	TCP_FIN = 1,
@@ -95,8 +96,8 @@ static inline void net_put32(uint8_t *to, uint32_t value)
 // looked at. Returns false for what has no whole Ethernet header with its tags, or is too long.
 bool net_frame_parse(struct net_frame *frame, const uint8_t *head, size_t have, size_t size);
 
-// Whether a frame's virtio_net_hdr makes sense: what it says of checksums lies inside, and segmentation is of TCP,
-// as the frame's headers have it too. Until it does neither of the functions below may be called with it.
+// Whether a frame's virtio_net_hdr makes sense: what it says of checksums lies inside, and segmentation is of TCP or of UDP
+// datagrams, as the frame's headers have it too. Until it does neither of the functions below may be called with it.
 bool net_vnet_valid(const struct net_vnet *vnet, const struct net_frame *frame);
 // Whether the partial checksum, if there is one, is that of the frame's own TCP or UDP header.
 bool net_vnet_plain(const struct net_vnet *vnet, const struct net_frame *frame);

@@ -51,6 +51,8 @@ static bool must_cut(const struct switch_port *port, const struct switch_frame *
 	unsigned wanted = OFFLOAD_CHECKSUM;
 	if (!frame->vnet.gso_type)
 		return false;
+	if (frame->vnet.gso_type == VNET_GSO_UDP_L4)
+		return true; // which only hosts' kernels make, and no NIC of ours takes
 	wanted |= frame->parsed.version == 4 ? OFFLOAD_TSO4 : OFFLOAD_TSO6;
 	if (frame->vnet.gso_type & VNET_GSO_ECN)
 		wanted |= OFFLOAD_TSO_ECN;

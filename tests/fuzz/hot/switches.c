@@ -114,7 +114,9 @@ static void some_header(struct net_vnet *vnet, const uint8_t *frame, size_t size
 	vnet->csum_start = parsed.transport;
 	vnet->csum_offset = parsed.protocol == PROTOCOL_TCP ? 16 : 6;
 	if (one_in(2)) {
-		vnet->gso_type = parsed.version == 4 ? VNET_GSO_TCPV4 : VNET_GSO_TCPV6;
+		vnet->gso_type = parsed.protocol == PROTOCOL_UDP ? VNET_GSO_UDP_L4
+				 : parsed.version == 4		  ? VNET_GSO_TCPV4
+								  : VNET_GSO_TCPV6;
 		vnet->gso_size = (uint16_t)(one_in(4) ? below(100) : 400 + below(1100));
 	}
 	while (one_in(8))
@@ -190,7 +192,8 @@ static void check_frame(unsigned number, const uint8_t *frame, size_t size, cons
 	memcpy(copy, frame, size);
 	if (!net_frame_parse(&parsed, copy, size, size) || !net_vnet_valid(vnet, &parsed) || !net_vnet_plain(vnet, &parsed))
 		fail("a switch sends what is no frame");
-	if (!limited && !(end->offloads & OFFLOAD_CHECKSUM) && (vnet->flags || vnet->gso_type))
+	if (vnet->gso_type == VNET_GSO_UDP_L4 ||
+	    (!limited && !(end->offloads & OFFLOAD_CHECKSUM) && (vnet->flags || vnet->gso_type)))
 		fail("a NIC is sent what it does not take");
 	if ((vnet->gso_type ? parsed.payload + vnet->gso_size : size) - parsed.network > MTU)
 		fail("a switch sends more than its MTU");
