@@ -149,6 +149,24 @@ def test_a_peer_that_dies_while_frames_wait_for_it_is_noticed(rig: SwitchRig) ->
     assert rig.wait_for(2).startswith(("its other end is gone", "it cannot be read"))
 
 
+def test_a_removed_port_is_not_waited_for_though_others_have_its_descriptor(rig: SwitchRig) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    copy = os.dup(ours.fileno())
+    rig.switch.add_port(1, "socket", ours.detach())
+    a, b = rig.port(2), rig.port(3)
+    send(a, frame(A))
+    assert receive(b) == frame(A)
+    rig.switch.remove_port(1)
+    send(theirs, frame(B))
+    for _ in range(100):
+        send(a, frame(A))
+        assert receive(b) == frame(A)
+    assert os.read(theirs.fileno(), 2000)[10:] == frame(A)
+    assert os.read(copy, 2000)[10:] == frame(B)  # nobody else has
+    os.close(copy)
+    theirs.close()
+
+
 def test_every_port_that_is_lost_is_told(rig: SwitchRig) -> None:
     ends = [rig.port(number) for number in range(200)]
     for end in ends:

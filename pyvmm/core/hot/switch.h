@@ -205,7 +205,6 @@ static inline void limit_charge(struct switch_limit *limit, uint64_t now, size_t
 }
 
 // switch_table.c
-uint64_t table_key(uint16_t vlan, const uint8_t *mac);
 // Whose address this is for certain, or NULL.
 struct switch_port *fixed_find(const SwitchObject *self, uint16_t vlan, const uint8_t *mac);
 void fixed_add(SwitchObject *self, struct switch_port *port);
@@ -255,8 +254,9 @@ void port_remove(SwitchObject *self, struct switch_port *port);
 void port_bury(SwitchObject *self);
 // After a change: whether there are limits or mirrors that each turn has to look at.
 void switch_watch(SwitchObject *self);
+// Of a patient switch: whether the port isn't read because something waits for another one.
+bool port_held(const SwitchObject *self, const struct switch_port *port);
 // Has epoll look for what the port waits for.
-bool port_held(const SwitchObject *self, const struct switch_port *port); // not read, because others have yet to send
 void port_arm(SwitchObject *self, struct switch_port *port);
 void port_lose(SwitchObject *self, struct switch_port *port, const char *why, int error);
 

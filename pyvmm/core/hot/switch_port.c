@@ -61,7 +61,9 @@ struct switch_port *port_find(const SwitchObject *self, int number)
 
 static void disconnect(SwitchObject *self, struct switch_port *port)
 {
-	close(port->fd); // which takes it out of epoll too
+	// Closing alone doesn't if somebody has a copy of the descriptor, such as a process just forked.
+	epoll_ctl(self->epoll, EPOLL_CTL_DEL, port->fd, NULL);
+	close(port->fd);
 	port->fd = -1;
 	port->listed = 0;
 	port_drop_waiting(port);

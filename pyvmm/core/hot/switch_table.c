@@ -12,7 +12,7 @@ static bool expired(const SwitchObject *self, const struct table_entry *entry)
 	return !entry->key || entry->seen + TABLE_NS < self->now;
 }
 
-uint64_t table_key(uint16_t vlan, const uint8_t *mac)
+static uint64_t key_of(uint16_t vlan, const uint8_t *mac)
 {
 	return (uint64_t)vlan << 48 | (uint64_t)net_get16(mac) << 32 | net_get32(mac + 2);
 }
@@ -59,7 +59,7 @@ static void release(struct table_entry *entry)
 
 struct switch_port *table_find(SwitchObject *self, uint16_t vlan, const uint8_t *mac)
 {
-	uint64_t key = table_key(vlan, mac);
+	uint64_t key = key_of(vlan, mac);
 	struct table_entry *set = set_of(self, key);
 	for (unsigned i = 0; i < TABLE_WAYS; i++) {
 		if (set[i].key == key)
@@ -70,7 +70,7 @@ struct switch_port *table_find(SwitchObject *self, uint16_t vlan, const uint8_t 
 
 void table_learn(SwitchObject *self, struct switch_port *port, uint16_t vlan, const uint8_t *mac)
 {
-	uint64_t key = table_key(vlan, mac);
+	uint64_t key = key_of(vlan, mac);
 	struct table_entry *set = set_of(self, key), *place = NULL, *own = NULL;
 	bool moves = false;
 	for (unsigned i = 0; i < TABLE_WAYS; i++) {
