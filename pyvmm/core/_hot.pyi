@@ -237,10 +237,11 @@ class NetDevice:
     def set_receive_buffer(
         self, runs: Sequence[tuple[int, int]] | None, buffer_id: int = 0, section_size: int = 0, /
     ) -> int:
-        """Use a receive buffer of these (GPA, bytes), or none; the sections of the one before are forgotten.
+        """Use a receive buffer of these (GPA, bytes), or none.
 
-        Returns how many sections there are. Raises ValueError for memory that isn't guest RAM, runs that don't meet at
-        ends of pages, or no sections for data beside the 16 for control messages.
+        What the guest holds of the one before is forgotten, and so are control messages that wait. Returns how many
+        sections there are. Raises ValueError for memory that isn't guest RAM, runs that don't meet at ends of pages, or
+        no sections for data beside the 16 for control messages.
         """
 
     def set_send_buffer(self, runs: Sequence[tuple[int, int]] | None, section_size: int = 0, /) -> int:

@@ -605,6 +605,14 @@ def test_control_messages_need_no_link_and_no_filter() -> None:
     rig.close()
 
 
+def test_control_messages_for_a_receive_buffer_are_not_put_into_another(rig: Rig) -> None:
+    for _ in range(20):
+        assert rig.queue.engine.send_control(b"x" * SECTION)
+    rig.device.set_receive_buffer([(512 * PAGE_SIZE, 17 * 1280)], BUFFER_ID, 1280)
+    rig.queue.run()
+    assert rig.queue.take() == []
+
+
 # Receive side scaling -------------------------------------------------------------------------------------
 
 

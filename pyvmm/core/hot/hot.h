@@ -130,6 +130,13 @@ bool hot_synic_has_direct(SynICObject *synic);
 // Sets an event flag and interrupts on 0 to 1; any thread. False if the SynIC, its event page or the SINT is off.
 bool hot_synic_has_event(unsigned sint, unsigned flag);
 bool hot_synic_signal_event(SynICObject *synic, unsigned sint, unsigned flag);
+// Whom to signal: an event flag of a SynIC, or nobody that C knows of if that is NULL.
+struct hot_target {
+	SynICObject *synic;
+	unsigned sint, flag;
+};
+// Reads the arguments of a method `set_target`; the SynIC is a new reference. False with an exception set.
+bool hot_target_parse(PyObject *args, struct hot_target *target);
 // Interrupts the VP past all SINTs.
 void hot_synic_interrupt(SynICObject *synic, uint8_t vector);
 // The highest vector of an auto-EOI SINT that waits for its VP, or -1; and that it has been taken.

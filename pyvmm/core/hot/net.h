@@ -1,5 +1,5 @@
-// The fast path of the synthetic NIC: its device, which its channels share, and a queue for each channel. No function here
-// needs the GIL.
+// The fast path of the synthetic NIC: its device, which its channels share, and a queue for each channel. Only functions
+// that have to do with Python objects need the GIL.
 //
 // A queue takes RNDIS packets off its channel's incoming ring and writes their frames to the port, straight from guest
 // memory. Queue 0 also reads frames from the port into sections of the guest's receive buffer, and tells of them in the
@@ -104,6 +104,9 @@ unsigned net_buffer_pieces(const struct net_buffer *buffer, uint32_t offset, uin
 void net_buffer_copy_in(const struct net_buffer *buffer, uint32_t offset, const void *from, uint32_t size);
 // Appends a piece, joined with the last one if they are neighbours; returns how many there are then.
 unsigned net_piece_add(struct iovec *pieces, unsigned count, uint8_t *at, size_t size);
+// Finds the pages of a buffer: a sequence of (GPA, bytes), or None for no buffer. False with an exception set.
+bool net_buffer_find(const MemoryObject *memory, PyObject *runs, uint32_t section_size, bool write,
+		     struct net_buffer *buffer);
 
 struct net_control {
 	struct net_control *next;
@@ -188,8 +191,7 @@ typedef struct NetQueueObject {
 	int watched;	// which is this one
 	bool attached;	// to the device, whose other queues know it
 	// Whom to interrupt without Python; NULL: serve says so. Changes as the device does.
-	SynICObject *target;
-	unsigned sint, flag;
+	struct hot_target target;
 
 	// Held by the worker while it serves, which ends soon once there are visitors.
 	struct visit_lock lock;
@@ -270,9 +272,17 @@ void net_device_unlock(NetDeviceObject *device);
 // Makes a queue the one of its channel, in place of any before; returns as `net_queue_watch` does. And the reverse.
 int net_device_attach(NetDeviceObject *device, NetQueueObject *queue);
 void net_device_detach(NetDeviceObject *device, NetQueueObject *queue);
-// Queues a control message; false if it is too long, or too many wait.
-bool net_device_add_control(NetDeviceObject *device, const char *message, Py_ssize_t size);
 // Makes queue 0 look for work.
 void net_device_kick(NetDeviceObject *device);
+
+// net_state.c
+
+// Queues a control message; false if it is too long, or too many wait.
+bool net_controls_add(NetDeviceObject *device, const char *message, Py_ssize_t size);
+void net_controls_drop(NetDeviceObject *device);
+// Methods of the device.
+PyObject *net_device_statistics(NetDeviceObject *device, PyObject *ignored);
+PyObject *net_device_save(NetDeviceObject *device, PyObject *ignored);
+PyObject *net_device_restore(NetDeviceObject *device, PyObject *state);
 
 #endif

@@ -9,7 +9,6 @@
 #include <sys/epoll.h>
 
 enum {
-	MAX_BUFFER = 1 << 30,
 	DEFAULT_FRAME_SIZE = 1514,
 	MESSAGE_SIZE = 28,
 };
@@ -116,18 +115,6 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 	return (PyObject *)self;
 }
 
-static void drop_controls(NetDeviceObject *self)
-{
-	while (self->controls) {
-		struct net_control *next = self->controls->next;
-		free(self->controls);
-		self->controls = next;
-	}
-	self->controls_end = &self->controls;
-	self->controls_count = 0;
-	atomic_store(&self->controls_wait, false);
-}
-
 static void free_sections(NetDeviceObject *self)
 {
 	free(self->free);
@@ -142,7 +129,7 @@ static void free_sections(NetDeviceObject *self)
 static void device_dealloc(NetDeviceObject *self)
 {
 	// Its queues are gone: each has a reference.
-	drop_controls(self);
+	net_controls_drop(self);
 	free_sections(self);
 	free(self->receive.pages);
 	free(self->send.pages);
@@ -193,63 +180,6 @@ static PyObject *device_set_link(NetDeviceObject *self, PyObject *args)
 
 // Buffers ------------------------------------------------------------------------------------------
 
-static bool take_run(NetDeviceObject *self, struct net_buffer *buffer, unsigned *pages, unsigned long long gpa,
-		     unsigned long long size, bool write, bool last)
-{
-	bool first = !buffer->size;
-	if (!size || (!first && gpa % HOT_PAGE_SIZE) || (!last && (gpa + size) % HOT_PAGE_SIZE)) {
-		PyErr_SetString(PyExc_ValueError, "the runs of a buffer meet at ends of pages, and none is empty");
-		return false;
-	}
-	uint8_t *host = hot_memory_ptr(self->memory, gpa, size, write);
-	if (!host || size > MAX_BUFFER - buffer->size) {
-		PyErr_Format(PyExc_ValueError, "a buffer of %llu bytes at 0x%llx is not in guest RAM", size, gpa);
-		return false;
-	}
-	if (first)
-		buffer->start = gpa % HOT_PAGE_SIZE;
-	uint32_t in_page = gpa % HOT_PAGE_SIZE;
-	unsigned count = (unsigned)((in_page + size + HOT_PAGE_SIZE - 1) / HOT_PAGE_SIZE);
-	uint8_t **grown = realloc(buffer->pages, (*pages + count) * sizeof(*grown));
-	if (!grown) {
-		PyErr_NoMemory();
-		return false;
-	}
-	buffer->pages = grown;
-	for (unsigned i = 0; i < count; i++)
-		grown[(*pages)++] = host - in_page + (size_t)i * HOT_PAGE_SIZE;
-	buffer->size += (uint32_t)size;
-	return true;
-}
-
-// Finds the pages of a buffer. `runs` may be None, for no buffer.
-static bool find_buffer(NetDeviceObject *self, PyObject *runs, uint32_t section_size, bool write,
-			struct net_buffer *buffer)
-{
-	*buffer = (struct net_buffer){0};
-	if (runs == Py_None)
-		return true;
-	PyObject *fast = PySequence_Fast(runs, "a buffer is a sequence of runs");
-	if (!fast)
-		return false;
-	Py_ssize_t count = PySequence_Fast_GET_SIZE(fast);
-	unsigned pages = 0;
-	bool good = section_size && section_size <= NET_MAX_SECTION;
-	if (!good)
-		PyErr_Format(PyExc_ValueError, "sections of %u bytes", section_size);
-	for (Py_ssize_t i = 0; good && i < count; i++) {
-		unsigned long long gpa, size;
-		good = PyArg_ParseTuple(PySequence_Fast_GET_ITEM(fast, i), "KK;a run is (GPA, bytes)", &gpa, &size) &&
-		       take_run(self, buffer, &pages, gpa, size, write, i == count - 1);
-	}
-	Py_DECREF(fast);
-	if (!good)
-		return false;
-	buffer->section_size = section_size;
-	buffer->sections = buffer->size / section_size;
-	return true;
-}
-
 // Makes the sections of a new receive buffer, all of them free. Returns false without memory.
 static bool make_sections(NetDeviceObject *self)
 {
@@ -288,7 +218,7 @@ static PyObject *device_set_receive_buffer(NetDeviceObject *self, PyObject *args
 	if (!PyArg_ParseTuple(args, "O|II:set_receive_buffer", &runs, &buffer_id, &section_size))
 		return NULL;
 	struct net_buffer buffer;
-	bool good = find_buffer(self, runs, section_size, true, &buffer);
+	bool good = net_buffer_find(self->memory, runs, section_size, true, &buffer);
 	if (good && runs != Py_None && (section_size < NET_MIN_SECTION || buffer.sections <= NET_CONTROL_SECTIONS)) {
 		PyErr_Format(PyExc_ValueError, "a receive buffer of %u sections of %u bytes is too small", buffer.sections,
 			     section_size);
@@ -311,8 +241,7 @@ static PyObject *device_set_receive_buffer(NetDeviceObject *self, PyObject *args
 		free(self->receive.pages);
 		self->receive = (struct net_buffer){0};
 	}
-	if (runs == Py_None)
-		drop_controls(self);
+	net_controls_drop(self); // they may be longer than its sections
 	count_needed(self);
 	pthread_mutex_unlock(&self->sections_lock);
 	end_change(self, received);
@@ -327,7 +256,7 @@ static PyObject *device_set_send_buffer(NetDeviceObject *self, PyObject *args)
 	if (!PyArg_ParseTuple(args, "O|I:set_send_buffer", &runs, &section_size))
 		return NULL;
 	struct net_buffer buffer;
-	if (!find_buffer(self, runs, section_size, false, &buffer)) {
+	if (!net_buffer_find(self->memory, runs, section_size, false, &buffer)) {
 		free(buffer.pages);
 		return NULL;
 	}
@@ -453,157 +382,6 @@ static PyObject *device_set_rss(NetDeviceObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-// Statistics and state -----------------------------------------------------------------------------
-
-static const char *const COUNTERS[NET_COUNTERS] = {
-	[NET_SENT_FRAMES] = "sent_frames",
-	[NET_SENT_BYTES] = "sent_bytes",
-	[NET_SENT_INVALID] = "sent_invalid",
-	[NET_SENT_UNPLUGGED] = "sent_unplugged",
-	[NET_SENT_ERRORS] = "sent_errors",
-	[NET_RECEIVED_FRAMES] = "received_frames",
-	[NET_RECEIVED_BYTES] = "received_bytes",
-	[NET_RECEIVED_COALESCED] = "received_coalesced",
-	[NET_RECEIVED_FILTERED] = "received_filtered",
-	[NET_RECEIVED_RUNTS] = "received_runts",
-	[NET_RECEIVED_OVERSIZED] = "received_oversized",
-	[NET_RECEIVED_NO_ROOM] = "received_no_room",
-	[NET_RECEIVED_ERRORS] = "received_errors",
-};
-
-static PyObject *device_statistics(NetDeviceObject *self, PyObject *Py_UNUSED(ignored))
-{
-	PyObject *result = PyDict_New();
-	for (unsigned i = 0; result && i < NET_COUNTERS; i++) {
-		PyObject *value = PyLong_FromUnsignedLongLong(atomic_load(&self->counters[i]));
-		if (!value || PyDict_SetItemString(result, COUNTERS[i], value) < 0)
-			Py_CLEAR(result);
-		Py_XDECREF(value);
-	}
-	return result;
-}
-
-static PyObject *chain_list(const NetDeviceObject *self, uint32_t section)
-{
-	PyObject *list = PyList_New(0);
-	for (bool last = false; list && !last; section = self->next[section]) {
-		PyObject *number = PyLong_FromUnsignedLong(section);
-		last = self->next[section] == section;
-		if (!number || PyList_Append(list, number) < 0)
-			Py_CLEAR(list);
-		Py_XDECREF(number);
-	}
-	return list;
-}
-
-static PyObject *device_save(NetDeviceObject *self, PyObject *Py_UNUSED(ignored))
-{
-	PyObject *held = PyList_New(0), *controls = PyList_New(0), *result = NULL;
-	for (uint32_t i = 0; held && i < self->receive.sections; i++) {
-		if (!self->owner[i])
-			continue;
-		PyObject *entry = Py_BuildValue("(iN)", self->owner[i] - 1, chain_list(self, i));
-		if (!entry || PyList_Append(held, entry) < 0)
-			Py_CLEAR(held);
-		Py_XDECREF(entry);
-	}
-	for (const struct net_control *control = self->controls; controls && control; control = control->next) {
-		PyObject *message = PyBytes_FromStringAndSize((const char *)control->message, control->size);
-		if (!message || PyList_Append(controls, message) < 0)
-			Py_CLEAR(controls);
-		Py_XDECREF(message);
-	}
-	if (held && controls)
-		result = Py_BuildValue("{sI sO sO}", "generation", self->generation, "held", held, "controls", controls);
-	Py_XDECREF(held);
-	Py_XDECREF(controls);
-	return result;
-}
-
-bool net_device_add_control(NetDeviceObject *self, const char *message, Py_ssize_t size)
-{
-	struct net_control *control = NULL;
-	pthread_mutex_lock(&self->sections_lock);
-	if (size > 0 && (size_t)size <= self->receive.section_size && self->controls_count < NET_CONTROLS)
-		control = malloc(sizeof(*control) + (size_t)size);
-	if (control) {
-		control->next = NULL;
-		control->size = (uint32_t)size;
-		memcpy(control->message, message, (size_t)size);
-		*self->controls_end = control;
-		self->controls_end = &control->next;
-		self->controls_count++;
-		atomic_store(&self->controls_wait, true);
-	}
-	pthread_mutex_unlock(&self->sections_lock);
-	return control;
-}
-
-// Makes a chain of free sections one that the guest holds. Returns false if there are none such.
-static bool take_chain(NetDeviceObject *self, unsigned queue, PyObject *chain, bool *held)
-{
-	Py_ssize_t count = PyList_Check(chain) ? PyList_GET_SIZE(chain) : 0;
-	uint32_t first = 0, before = 0;
-	for (Py_ssize_t i = 0; i < count; i++) {
-		unsigned long section = PyLong_AsUnsignedLong(PyList_GET_ITEM(chain, i));
-		if (section >= self->receive.sections || held[section])
-			return false;
-		held[section] = true;
-		if (i)
-			self->next[before] = (uint32_t)section;
-		else
-			first = (uint32_t)section;
-		before = (uint32_t)section;
-		self->next[before] = before;
-	}
-	if (!count || queue >= NET_QUEUES)
-		return false;
-	self->owner[first] = (uint8_t)(queue + 1);
-	return true;
-}
-
-static void keep_free(uint32_t *sections, uint32_t *count, const bool *held)
-{
-	uint32_t kept = 0;
-	for (uint32_t i = 0; i < *count; i++)
-		if (!held[sections[i]])
-			sections[kept++] = sections[i];
-	*count = kept;
-}
-
-static PyObject *device_restore(NetDeviceObject *self, PyObject *state)
-{
-	PyObject *generation = PyDict_Check(state) ? PyDict_GetItemString(state, "generation") : NULL;
-	PyObject *held = generation ? PyDict_GetItemString(state, "held") : NULL;
-	PyObject *controls = held ? PyDict_GetItemString(state, "controls") : NULL;
-	bool good = controls && PyLong_Check(generation) && PyList_Check(held) && PyList_Check(controls);
-	bool *taken = calloc((size_t)self->receive.sections + 1, sizeof(*taken));
-	if (!taken)
-		return PyErr_NoMemory();
-	for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(held); i++) {
-		unsigned queue;
-		PyObject *entry = PySequence_Tuple(PyList_GET_ITEM(held, i)), *chain;
-		good = entry && PyArg_ParseTuple(entry, "IO", &queue, &chain) && take_chain(self, queue, chain, taken);
-		Py_XDECREF(entry);
-	}
-	keep_free(self->free, &self->free_count, taken);
-	keep_free(self->free_controls, &self->free_controls_count, taken);
-	free(taken);
-	for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(controls); i++) {
-		PyObject *message = PyList_GET_ITEM(controls, i);
-		good = PyBytes_Check(message) &&
-		       net_device_add_control(self, PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message));
-	}
-	if (good)
-		self->generation = (uint32_t)PyLong_AsUnsignedLong(generation);
-	if (!good || PyErr_Occurred()) {
-		PyErr_Clear();
-		PyErr_SetString(PyExc_ValueError, "the saved state of a NIC's receive buffer is damaged");
-		return NULL;
-	}
-	Py_RETURN_NONE;
-}
-
 static PyMethodDef device_methods[] = {
 	{"set_port", (PyCFunction)device_set_port, METH_VARARGS, NULL},
 	{"set_link", (PyCFunction)device_set_link, METH_VARARGS, NULL},
@@ -613,9 +391,9 @@ static PyMethodDef device_methods[] = {
 	{"set_frame_size", (PyCFunction)device_set_frame_size, METH_VARARGS, NULL},
 	{"set_offloads", (PyCFunction)device_set_offloads, METH_VARARGS, NULL},
 	{"set_rss", (PyCFunction)device_set_rss, METH_VARARGS, NULL},
-	{"statistics", (PyCFunction)device_statistics, METH_NOARGS, NULL},
-	{"save", (PyCFunction)device_save, METH_NOARGS, NULL},
-	{"restore", (PyCFunction)device_restore, METH_O, NULL},
+	{"statistics", (PyCFunction)net_device_statistics, METH_NOARGS, NULL},
+	{"save", (PyCFunction)net_device_save, METH_NOARGS, NULL},
+	{"restore", (PyCFunction)net_device_restore, METH_O, NULL},
 	{0},
 };
 

@@ -52,7 +52,7 @@ static void queue_dealloc(NetQueueObject *self)
 	if (self->event >= 0)
 		close(self->event);
 	Py_END_ALLOW_THREADS
-	Py_XDECREF(self->target);
+	Py_XDECREF(self->target.synic);
 	Py_DECREF(self->incoming);
 	Py_DECREF(self->outgoing);
 	Py_DECREF(self->device);
@@ -151,26 +151,16 @@ static PyObject *queue_quiesce(NetQueueObject *self, PyObject *Py_UNUSED(ignored
 
 static PyObject *queue_set_target(NetQueueObject *self, PyObject *args)
 {
-	PyObject *synic;
-	unsigned sint, flag;
-	if (!PyArg_ParseTuple(args, "OII:set_target", &synic, &sint, &flag))
+	struct hot_target now, before;
+	if (!hot_target_parse(args, &now))
 		return NULL;
-	if (synic != Py_None && !PyObject_TypeCheck(synic, &SynIC_Type)) {
-		PyErr_SetString(PyExc_TypeError, "set_target takes a SynIC or None");
-		return NULL;
-	}
-	if (!hot_synic_has_event(sint, flag))
-		return PyErr_Format(PyExc_ValueError, "there is no event flag %u of SINT %u", flag, sint);
-	SynICObject *now = synic == Py_None ? NULL : (SynICObject *)Py_NewRef(synic), *before;
 	Py_BEGIN_ALLOW_THREADS
 	net_device_lock(self->device);
 	before = self->target;
 	self->target = now;
-	self->sint = sint;
-	self->flag = flag;
 	net_device_unlock(self->device);
 	Py_END_ALLOW_THREADS
-	Py_XDECREF(before);
+	Py_XDECREF(before.synic);
 	Py_RETURN_NONE;
 }
 
@@ -180,7 +170,7 @@ static PyObject *queue_send_control(NetQueueObject *self, PyObject *args)
 	Py_ssize_t size;
 	if (!PyArg_ParseTuple(args, "y#:send_control", &message, &size))
 		return NULL;
-	bool sent = net_device_add_control(self->device, message, size);
+	bool sent = net_controls_add(self->device, message, size);
 	if (sent) {
 		Py_BEGIN_ALLOW_THREADS
 		net_device_kick(self->device);

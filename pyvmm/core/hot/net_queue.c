@@ -1,5 +1,6 @@
 // A channel's queue at work: data packets and completions off the ring, completions into the other one.
 
+#include "bytes.h"
 #include "net.h"
 
 #include <errno.h>
@@ -25,13 +26,6 @@ enum {
 	CHANNEL_DATA = 0,
 };
 
-static uint32_t le32(const uint8_t *from)
-{
-	uint32_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
 // The worker and the guest ------------------------------------------------------------------------
 
 void net_queue_kick(NetQueueObject *queue)
@@ -43,12 +37,12 @@ void net_queue_kick(NetQueueObject *queue)
 
 void net_queue_signal(NetQueueObject *queue)
 {
-	if (!queue->target) {
+	if (!queue->target.synic) {
 		atomic_store(&queue->owes_signal, true);
 		return;
 	}
 	atomic_fetch_add_explicit(&queue->signals, 1, memory_order_relaxed);
-	hot_synic_signal_event(queue->target, queue->sint, queue->flag);
+	hot_synic_signal_event(queue->target.synic, queue->target.sint, queue->target.flag);
 }
 
 int net_queue_watch(NetQueueObject *queue, int fd)
@@ -134,21 +128,21 @@ static enum taken deal(NetQueueObject *queue, struct net_outcome *outcome)
 	const uint8_t *payload = queue->packet + (queue->head.header - RING_DESCRIPTOR_SIZE);
 	uint32_t size = queue->head.length - queue->head.header;
 	if (descriptor->type == PACKET_COMPLETION) {
-		if (size < 8 || le32(payload) != NVSP_RNDIS_COMPLETE)
+		if (size < 8 || get_le32(payload) != NVSP_RNDIS_COMPLETE)
 			return TAKEN_SLOW;
 		if (!net_receive_completed(queue, descriptor->transaction_id))
 			outcome->broken = "a completion of what is not under way";
 		return TAKEN_ALL;
 	}
 	if ((descriptor->type != PACKET_INBAND && descriptor->type != PACKET_GPA_DIRECT) || size < RNDIS_MESSAGE ||
-	    le32(payload) != NVSP_RNDIS || le32(payload + 4) != CHANNEL_DATA)
+	    get_le32(payload) != NVSP_RNDIS || get_le32(payload + 4) != CHANNEL_DATA)
 		return TAKEN_SLOW;
 	if (!(descriptor->flags & RING_FLAG_COMPLETION_REQUESTED)) {
 		outcome->broken = "an RNDIS packet that wants no completion";
 		return TAKEN_ALL;
 	}
 	uint32_t status;
-	enum net_sent sent = net_send(queue, le32(payload + 8), le32(payload + 12), &status, &outcome->broken);
+	enum net_sent sent = net_send(queue, get_le32(payload + 8), get_le32(payload + 12), &status, &outcome->broken);
 	set_blocked(queue, sent == NET_SENT_PARTLY);
 	if (sent == NET_SENT_PARTLY)
 		return TAKEN_BLOCKED;

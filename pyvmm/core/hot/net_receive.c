@@ -4,6 +4,7 @@
 // Facts: Linux 6.1 drivers/net/hyperv (hyperv_net.h, rndis_filter.c, netvsc.c), openvmm netvsp. What the guest does to its
 // buffer meanwhile concerns only itself: what is decided here comes from copies.
 
+#include "bytes.h"
 #include "net.h"
 
 #include <errno.h>
@@ -38,18 +39,13 @@ enum {
 	DISCARD = 4096,
 };
 
-static void put32(uint8_t *to, uint32_t value)
-{
-	memcpy(to, &value, sizeof(value));
-}
-
 void net_message(uint8_t message[NET_MESSAGE_MAX], uint32_t type, uint32_t first, uint32_t second, uint32_t third)
 {
 	memset(message, 0, NET_MESSAGE_MAX);
-	put32(message, type);
-	put32(message + 4, first);
-	put32(message + 8, second);
-	put32(message + 12, third);
+	put_le32(message, type);
+	put_le32(message + 4, first);
+	put_le32(message + 8, second);
+	put_le32(message + 12, third);
 }
 
 // Sections -----------------------------------------------------------------------------------------
@@ -122,8 +118,8 @@ uint32_t net_indication_packet(const NetQueueObject *queue, struct ring_descript
 {
 	const struct net_indication *indication = &queue->indication;
 	uint32_t size = 8 + 8 * indication->count, payload = (queue->device->message_size + 7) & ~7U;
-	put32(extra, queue->device->buffer_id);
-	put32(extra + 4, indication->count);
+	put_le32(extra, queue->device->buffer_id);
+	put_le32(extra + 4, indication->count);
 	memcpy(extra + 8, indication->ranges, 8 * indication->count);
 	*descriptor = (struct ring_descriptor){
 		PACKET_TRANSFER_PAGES, (uint16_t)((RING_DESCRIPTOR_SIZE + size) / 8),
@@ -165,7 +161,7 @@ static bool indicate(NetQueueObject *queue, bool own, struct net_outcome *outcom
 		done = true;
 		if (signal)
 			net_queue_signal(queue);
-		if (signal && !own && !queue->target)
+		if (signal && !own && !queue->target.synic)
 			net_queue_kick(queue);
 	}
 	pthread_mutex_unlock(&ring->write_lock);
@@ -268,10 +264,10 @@ static bool wanted(const NetDeviceObject *device, const uint8_t *mac)
 
 static void put_ppi(uint8_t *ppi, uint32_t type, uint32_t value)
 {
-	put32(ppi, NET_PPI);
-	put32(ppi + 4, type);
-	put32(ppi + 8, NET_PPI - 4);
-	put32(ppi + 12, value);
+	put_le32(ppi, NET_PPI);
+	put_le32(ppi + 4, type);
+	put_le32(ppi + 8, NET_PPI - 4);
+	put_le32(ppi + 12, value);
 }
 
 static void add_ppi(struct incoming *in, uint32_t type, uint32_t value)
@@ -328,12 +324,12 @@ static void take_tag(struct incoming *in)
 static void put_rndis(uint8_t *start, uint32_t data, uint32_t size, uint32_t ppis_size)
 {
 	memset(start, 0, NET_RNDIS_HEADER);
-	put32(start, RNDIS_PACKET);
-	put32(start + 4, data + size);
-	put32(start + 8, data - 8); // offsets count from behind type and length
-	put32(start + 12, size);
-	put32(start + 28, ppis_size ? NET_RNDIS_HEADER - 8 : 0);
-	put32(start + 32, ppis_size);
+	put_le32(start, RNDIS_PACKET);
+	put_le32(start + 4, data + size);
+	put_le32(start + 8, data - 8); // offsets count from behind type and length
+	put_le32(start + 12, size);
+	put_le32(start + 28, ppis_size ? NET_RNDIS_HEADER - 8 : 0);
+	put_le32(start + 32, ppis_size);
 }
 
 // Writes what follows a frame's first section into sections of their own: fragments, which the guest puts together.

@@ -5,6 +5,7 @@
 // Facts: Linux 6.1 drivers/net/hyperv (hyperv_net.h, rndis_filter.c, netvsc_drv.c), openvmm netvsp, NDIS's
 // NDIS_TCP_IP_CHECKSUM_NET_BUFFER_LIST_INFO and NDIS_TCP_LARGE_SEND_OFFLOAD_NET_BUFFER_LIST_INFO.
 
+#include "bytes.h"
 #include "net.h"
 
 #include <errno.h>
@@ -31,20 +32,6 @@ enum {
 	UDP_CHECKSUM = 6,
 };
 
-static uint32_t le32(const uint8_t *from)
-{
-	uint32_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
-static uint64_t le64(const uint8_t *from)
-{
-	uint64_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
 // Guest memory -------------------------------------------------------------------------------------
 
 // Adds what the ranges of a GPA-direct packet name (Linux hyperv.h, struct gpa_range).
@@ -54,10 +41,10 @@ static bool add_ranges(NetQueueObject *queue)
 	uint32_t size = queue->head.header - RING_DESCRIPTOR_SIZE, at = 8;
 	if (size < at)
 		return false;
-	for (uint32_t ranges = le32(extra + 4); ranges; ranges--) {
+	for (uint32_t ranges = get_le32(extra + 4); ranges; ranges--) {
 		if (size - at < 8)
 			return false;
-		uint32_t length = le32(extra + at), start = le32(extra + at + 4);
+		uint32_t length = get_le32(extra + at), start = get_le32(extra + at + 4);
 		at += 8;
 		if (length > NET_MAX_PIECES * HOT_PAGE_SIZE || start >= HOT_PAGE_SIZE)
 			return false;
@@ -65,7 +52,7 @@ static bool add_ranges(NetQueueObject *queue)
 		if (8 * pages > size - at)
 			return false;
 		for (; length; at += 8) {
-			uint64_t number = le64(extra + at);
+			uint64_t number = get_le64(extra + at);
 			uint32_t step = length < HOT_PAGE_SIZE - start ? length : HOT_PAGE_SIZE - start;
 			uint8_t *host = number > UINT64_MAX / HOT_PAGE_SIZE
 						? NULL
@@ -119,18 +106,18 @@ static bool parse_ppis(const uint8_t *ppis, uint32_t size, struct request *reque
 	for (uint32_t at = 0; at < size;) {
 		if (size - at < PPI_HEADER)
 			return false;
-		uint32_t length = le32(ppis + at), type = le32(ppis + at + 4), offset = le32(ppis + at + 8);
+		uint32_t length = get_le32(ppis + at), type = get_le32(ppis + at + 4), offset = get_le32(ppis + at + 8);
 		if (length < PPI_HEADER || length > size - at)
 			return false;
 		bool known = type == PPI_CHECKSUM || type == PPI_LSO || type == PPI_VLAN;
 		if (known && (offset < PPI_HEADER || offset > length - 4 || length < 4))
 			return false;
 		if (type == PPI_CHECKSUM)
-			request->checksum = le32(ppis + at + offset);
+			request->checksum = get_le32(ppis + at + offset);
 		else if (type == PPI_LSO)
-			request->lso = le32(ppis + at + offset);
+			request->lso = get_le32(ppis + at + offset);
 		else if (type == PPI_VLAN)
-			request->vlan = le32(ppis + at + offset) & 0xffff;
+			request->vlan = get_le32(ppis + at + offset) & 0xffff;
 		at += length;
 	}
 	return true;
@@ -144,9 +131,9 @@ static uint32_t parse_rndis(const NetQueueObject *queue, size_t at, size_t left,
 	if (have < NET_RNDIS_HEADER)
 		return 0;
 	// Offsets count from behind type and length.
-	uint32_t length = le32(first + 4), data = le32(first + 8), size = le32(first + 12);
-	uint32_t ppis = le32(first + 28), ppis_size = le32(first + 32);
-	if (le32(first) != RNDIS_PACKET || length < NET_RNDIS_HEADER || length > left)
+	uint32_t length = get_le32(first + 4), data = get_le32(first + 8), size = get_le32(first + 12);
+	uint32_t ppis = get_le32(first + 28), ppis_size = get_le32(first + 32);
+	if (get_le32(first) != RNDIS_PACKET || length < NET_RNDIS_HEADER || length > left)
 		return 0;
 	uint32_t body = length - 8;
 	if (data > body || size > body - data)

@@ -77,8 +77,7 @@ typedef struct StorageQueueObject {
 	int doorbell;
 	bool any_target; // path and target of a request say nothing
 	// Whom to interrupt without Python; NULL: serve says so.
-	SynICObject *target;
-	unsigned sint, flag;
+	struct hot_target target;
 
 	// Held by the worker while it serves, which ends soon once there are visitors.
 	struct visit_lock lock;

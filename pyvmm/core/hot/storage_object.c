@@ -47,7 +47,7 @@ static void queue_dealloc(StorageQueueObject *self)
 	Py_END_ALLOW_THREADS
 	for (unsigned i = 0; i < STORAGE_LUNS; i++)
 		Py_XDECREF(self->disks[i]);
-	Py_XDECREF(self->target);
+	Py_XDECREF(self->target.synic);
 	Py_DECREF(self->incoming);
 	Py_DECREF(self->outgoing);
 	Py_DECREF(self->memory);
@@ -171,26 +171,16 @@ static PyObject *queue_set_disk(StorageQueueObject *self, PyObject *args)
 
 static PyObject *queue_set_target(StorageQueueObject *self, PyObject *args)
 {
-	PyObject *synic;
-	unsigned sint, flag;
-	if (!PyArg_ParseTuple(args, "OII:set_target", &synic, &sint, &flag))
+	struct hot_target now, before;
+	if (!hot_target_parse(args, &now))
 		return NULL;
-	if (synic != Py_None && !PyObject_TypeCheck(synic, &SynIC_Type)) {
-		PyErr_SetString(PyExc_TypeError, "set_target takes a SynIC or None");
-		return NULL;
-	}
-	if (!hot_synic_has_event(sint, flag))
-		return PyErr_Format(PyExc_ValueError, "there is no event flag %u of SINT %u", flag, sint);
-	SynICObject *now = synic == Py_None ? NULL : (SynICObject *)Py_NewRef(synic), *before;
 	Py_BEGIN_ALLOW_THREADS
 	visit_lock(&self->lock);
 	before = self->target;
 	self->target = now;
-	self->sint = sint;
-	self->flag = flag;
 	visit_unlock(&self->lock);
 	Py_END_ALLOW_THREADS
-	Py_XDECREF(before);
+	Py_XDECREF(before.synic);
 	Py_RETURN_NONE;
 }
 

@@ -222,12 +222,12 @@ void storage_finish(StorageQueueObject *queue, const void *of)
 
 static void signal_guest(StorageQueueObject *queue, struct storage_outcome *outcome)
 {
-	if (!queue->target) {
+	if (!queue->target.synic) {
 		outcome->signal = true;
 		return;
 	}
 	atomic_fetch_add_explicit(&queue->signals, 1, memory_order_relaxed);
-	hot_synic_signal_event(queue->target, queue->sint, queue->flag);
+	hot_synic_signal_event(queue->target.synic, queue->target.sint, queue->target.flag);
 }
 
 static void count(StorageQueueObject *queue, const struct storage_request *request, uint64_t now)

@@ -1,6 +1,7 @@
 // What the fast path knows of the storage protocol and of SCSI: reads, writes and flushes that are in order. It checks all
 // that vsp.py, lun.py and scsi.py of devices/synthetic/storvsp check, and leaves to them whatever is not so.
 
+#include "bytes.h"
 #include "storage.h"
 
 #include <string.h>
@@ -36,20 +37,6 @@ enum {
 	CDB_PROTECT = 0xe0,
 };
 
-static uint32_t le32(const uint8_t *from)
-{
-	uint32_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
-static uint64_t le64(const uint8_t *from)
-{
-	uint64_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
 static uint32_t be16(const uint8_t *from)
 {
 	return (uint32_t)from[0] << 8 | from[1];
@@ -75,7 +62,7 @@ bool storage_is_command(const struct storage_request *request)
 {
 	uint32_t length;
 	const uint8_t *payload = payload_of(request, &length);
-	return length >= HEADER_SIZE && le32(payload) == EXECUTE_SRB;
+	return length >= HEADER_SIZE && get_le32(payload) == EXECUTE_SRB;
 }
 
 // The command ---------------------------------------------------------------------------------------
@@ -147,9 +134,9 @@ static bool parse_buffer(struct storage_request *request, const MemoryObject *me
 {
 	uint32_t size = request->head.header - RING_DESCRIPTOR_SIZE;
 	const uint8_t *extra = request->packet;
-	if (size < 16 || le32(extra + 4) != 1)
+	if (size < 16 || get_le32(extra + 4) != 1)
 		return false;
-	uint32_t length = le32(extra + 8), start = le32(extra + 12);
+	uint32_t length = get_le32(extra + 8), start = get_le32(extra + 12);
 	if (length > STORAGE_MAX_TRANSFER || length < needed || start >= HOT_PAGE_SIZE)
 		return false;
 	uint32_t pages = (start + length + HOT_PAGE_SIZE - 1) / HOT_PAGE_SIZE;
@@ -160,9 +147,9 @@ static bool parse_buffer(struct storage_request *request, const MemoryObject *me
 	// One look-up for each run of neighbours.
 	while (at < length) {
 		uint32_t page = (start + at) / HOT_PAGE_SIZE, in_page = (start + at) % HOT_PAGE_SIZE;
-		uint64_t number = le64(extra + 16 + 8 * page);
+		uint64_t number = get_le64(extra + 16 + 8 * page);
 		uint32_t run = HOT_PAGE_SIZE - in_page;
-		while (run < length - at && le64(extra + 16 + 8 * (page + 1)) == le64(extra + 16 + 8 * page) + 1) {
+		while (run < length - at && get_le64(extra + 16 + 8 * (page + 1)) == get_le64(extra + 16 + 8 * page) + 1) {
 			page++;
 			run += HOT_PAGE_SIZE;
 		}
@@ -232,7 +219,7 @@ bool storage_parse(struct storage_request *request, const StorageQueueObject *qu
 	request->pieces_count = 0;
 	request->length = 0;
 	request->disk = disk;
-	uint32_t data_length = le32(srb + SRB_DATA_LENGTH);
+	uint32_t data_length = get_le32(srb + SRB_DATA_LENGTH);
 	if (command.kind == STORAGE_FLUSH)
 		return request->head.descriptor.type == PACKET_INBAND && !data_length;
 	return parse_transfer(request, queue->memory, &command, srb[SRB_DIRECTION] != DIRECTION_OUT, data_length);

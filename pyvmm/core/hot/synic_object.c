@@ -374,6 +374,23 @@ static PyObject *synic_inspect(SynICObject *self, PyObject *Py_UNUSED(ignored))
 	return result;
 }
 
+bool hot_target_parse(PyObject *args, struct hot_target *target)
+{
+	PyObject *synic;
+	if (!PyArg_ParseTuple(args, "OII:set_target", &synic, &target->sint, &target->flag))
+		return false;
+	if (synic != Py_None && !PyObject_TypeCheck(synic, &SynIC_Type)) {
+		PyErr_SetString(PyExc_TypeError, "set_target takes a SynIC or None");
+		return false;
+	}
+	if (!hot_synic_has_event(target->sint, target->flag)) {
+		PyErr_Format(PyExc_ValueError, "there is no event flag %u of SINT %u", target->flag, target->sint);
+		return false;
+	}
+	target->synic = synic == Py_None ? NULL : (SynICObject *)Py_NewRef(synic);
+	return true;
+}
+
 static PyMethodDef synic_methods[] = {
 	{"set_space_event", (PyCFunction)synic_set_space_event, METH_VARARGS, NULL},
 	{"read_msr", (PyCFunction)synic_read_msr, METH_VARARGS, NULL},

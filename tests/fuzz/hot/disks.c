@@ -91,18 +91,6 @@ static void end(void)
 
 // The guest ------------------------------------------------------------------------------------------------
 
-static void put32(uint8_t *to, uint32_t value)
-{
-	memcpy(to, &value, sizeof(value));
-}
-
-static uint32_t get32(const uint8_t *from)
-{
-	uint32_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
 // A CDB with an address near a boundary that matters, and its data's direction.
 static unsigned some_cdb(uint8_t *cdb, uint32_t blocks)
 {
@@ -138,9 +126,9 @@ static void put_packet(void)
 	unsigned way = some_cdb(srb + 16, blocks);
 	struct ring_descriptor descriptor = {9, (uint16_t)(header / 8), (uint16_t)(length / 8), 1, draw()};
 	memcpy(packet, &descriptor, sizeof(descriptor));
-	put32(packet + 20, 1);
-	put32(packet + 24, size);
-	put32(packet + 28, start);
+	put_le32(packet + 20, 1);
+	put_le32(packet + 24, size);
+	put_le32(packet + 28, start);
 	for (uint32_t i = 0; i < pages; i++) {
 		// Among what a read may overwrite are the rings, now and then.
 		uint64_t page = one_in(60) ? draw() : one_in(40) ? ROM_BASE / HOT_PAGE_SIZE : 8 + below(8);
@@ -148,21 +136,21 @@ static void put_packet(void)
 			page = below(17);
 		memcpy(packet + 32 + 8 * i, &page, sizeof(page));
 	}
-	put32(body, one_in(30) ? (uint32_t)below(15) : 3);
+	put_le32(body, one_in(30) ? (uint32_t)below(15) : 3);
 	srb[7] = (uint8_t)below(3);
 	srb[8] = one_in(20) ? (uint8_t)draw() : 16;
 	srb[10] = (uint8_t)(one_in(20) ? below(3) : way);
-	put32(srb + 12, one_in(10) ? (uint32_t)below(10000) : size);
+	put_le32(srb + 12, one_in(10) ? (uint32_t)below(10000) : size);
 	while (one_in(6))
 		packet[below(length)] = (uint8_t)draw();
 
 	uint8_t *control = world.ram + INCOMING * HOT_PAGE_SIZE, *data = control + HOT_PAGE_SIZE;
-	uint32_t ring = (RING_PAGES - 1) * HOT_PAGE_SIZE, in = get32(control), out = get32(control + 4);
+	uint32_t ring = (RING_PAGES - 1) * HOT_PAGE_SIZE, in = get_le32(control), out = get_le32(control + 4);
 	if (in >= ring || out >= ring || length + 8 > ring - (in - out + ring) % ring - 8)
 		return;
 	for (uint32_t i = 0; i < length + 8; i++)
 		data[(in + i) % ring] = packet[i];
-	put32(control, (in + length + 8) % ring);
+	put_le32(control, (in + length + 8) % ring);
 }
 
 // The host -------------------------------------------------------------------------------------------------
@@ -183,7 +171,7 @@ static bool serve(void)
 			fail("a ring raises what is not documented");
 		PyErr_Clear();
 		// As after a new start: the ring is empty again.
-		put32(world.ram + INCOMING * HOT_PAGE_SIZE, ((RingObject *)incoming)->out);
+		put_le32(world.ram + INCOMING * HOT_PAGE_SIZE, ((RingObject *)incoming)->out);
 	}
 	Py_XDECREF(result);
 	return true;
@@ -235,11 +223,11 @@ static void step(void)
 		Py_DECREF(number);
 		break;
 	case 7:
-		put32(world.ram + OUTGOING * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
+		put_le32(world.ram + OUTGOING * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
 		break;
 	case 8:
 		if (one_in(4))
-			put32(world.ram + INCOMING * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
+			put_le32(world.ram + INCOMING * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
 		break;
 	case 9:
 		number = PyObject_CallMethod(queue, "take_counters", "I", lun);
@@ -253,7 +241,7 @@ static void step(void)
 		for (unsigned i = 0; i < 12 && serve(); i++)
 			;
 		if (!one_in(4)) // take what was sent
-			put32(world.ram + OUTGOING * HOT_PAGE_SIZE + 4, ((RingObject *)outgoing)->in);
+			put_le32(world.ram + OUTGOING * HOT_PAGE_SIZE + 4, ((RingObject *)outgoing)->in);
 	}
 }
 

@@ -139,18 +139,6 @@ static void end(void)
 
 // Frames ---------------------------------------------------------------------------------------------------
 
-static void put32(uint8_t *to, uint32_t value)
-{
-	memcpy(to, &value, sizeof(value));
-}
-
-static uint32_t get32(const uint8_t *from)
-{
-	uint32_t value;
-	memcpy(&value, from, sizeof(value));
-	return value;
-}
-
 // TCP or UDP over IPv4 or IPv6, with up to two tags; nearly right. Returns where IP begins.
 static unsigned some_frame(uint8_t *frame, uint32_t size)
 {
@@ -233,12 +221,12 @@ static void check_sent(void)
 static void put_packet(unsigned channel, const uint8_t *packet, uint32_t length)
 {
 	uint8_t *control = world.ram + page_of(channel, false) * HOT_PAGE_SIZE, *data = control + HOT_PAGE_SIZE;
-	uint32_t in = get32(control), out = get32(control + 4);
+	uint32_t in = get_le32(control), out = get_le32(control + 4);
 	if (in >= RING || out >= RING || length + 8 > RING - (in - out + RING) % RING - 8)
 		return;
 	for (uint32_t i = 0; i < length + 8; i++)
 		data[(in + i) % RING] = packet[i];
-	put32(control, (in + length + 8) % RING);
+	put_le32(control, (in + length + 8) % RING);
 }
 
 // Writes an RNDIS packet; returns its length.
@@ -251,24 +239,24 @@ static uint32_t some_rndis(uint8_t *to, uint32_t room)
 	if (one_in(2))
 		memset(to + head + network + (six ? 4 : 2), 0, 2); // as with LSO
 	memset(to, 0, head);
-	put32(to, RNDIS_PACKET);
-	put32(to + 4, head + size);
-	put32(to + 8, head - 8);
-	put32(to + 12, size);
-	put32(to + 28, NET_RNDIS_HEADER - 8);
-	put32(to + 32, ppis);
+	put_le32(to, RNDIS_PACKET);
+	put_le32(to + 4, head + size);
+	put_le32(to + 8, head - 8);
+	put_le32(to + 12, size);
+	put_le32(to + 28, NET_RNDIS_HEADER - 8);
+	put_le32(to + 32, ppis);
 	for (uint8_t *ppi = to + NET_RNDIS_HEADER; ppi < to + head; ppi += 16) {
 		uint32_t kind = kinds[below(4)];
-		put32(ppi, 16);
-		put32(ppi + 4, kind);
-		put32(ppi + 8, 12);
-		put32(ppi + 12, kind == PPI_LSO ? (uint32_t)(below(1600) | 1 << 30 | (uint64_t)six << 31) : (uint32_t)draw());
+		put_le32(ppi, 16);
+		put_le32(ppi + 4, kind);
+		put_le32(ppi + 8, 12);
+		put_le32(ppi + 12, kind == PPI_LSO ? (uint32_t)(below(1600) | 1 << 30 | (uint64_t)six << 31) : (uint32_t)draw());
 		if (kind == PPI_CHECKSUM)
-			put32(ppi + 12, 1 << below(5));
+			put_le32(ppi + 12, 1 << below(5));
 	}
 	while (one_in(6)) {
 		uint32_t lie = one_in(2) ? (uint32_t)below(2000) : (uint32_t)draw();
-		put32(to + 4 * below(head / 4), lie);
+		put_le32(to + 4 * below(head / 4), lie);
 	}
 	return head + size;
 }
@@ -284,12 +272,12 @@ static void send_packet(unsigned channel)
 	if (direct) {
 		uint32_t start = one_in(3) ? (uint32_t)below(4) : 0, ranges = 1 + (uint32_t)below(3);
 		header += 8;
-		put32(packet + 20, one_in(40) ? (uint32_t)below(9) : ranges);
+		put_le32(packet + 20, one_in(40) ? (uint32_t)below(9) : ranges);
 		for (uint32_t i = 0; i < ranges; i++) {
 			uint64_t page = one_in(60) ? draw() : one_in(40) ? ROM_BASE / HOT_PAGE_SIZE : first;
 			uint64_t next = page + 1;
-			put32(packet + header, one_in(20) ? (uint32_t)below(9000) : length);
-			put32(packet + header + 4, one_in(60) ? (uint32_t)draw() : start);
+			put_le32(packet + header, one_in(20) ? (uint32_t)below(9000) : length);
+			put_le32(packet + header + 4, one_in(60) ? (uint32_t)draw() : start);
 			memcpy(packet + header + 8, &page, sizeof(page));
 			memcpy(packet + header + 16, &next, sizeof(next));
 			header += length + start > HOT_PAGE_SIZE ? 24 : 16;
@@ -298,10 +286,10 @@ static void send_packet(unsigned channel)
 	uint32_t total = header + 32;
 	struct ring_descriptor descriptor = {direct ? 9 : 6, (uint16_t)(header / 8), (uint16_t)(total / 8), 1, draw()};
 	memcpy(packet, &descriptor, sizeof(descriptor));
-	put32(packet + header, one_in(40) ? (uint32_t)below(140) : NVSP_RNDIS);
-	put32(packet + header + 4, one_in(40));
-	put32(packet + header + 8, direct && !one_in(8) ? (uint32_t)NVSP_NO_SECTION : section);
-	put32(packet + header + 12, one_in(30) ? (uint32_t)draw() : length < SEND_SECTION ? length : SEND_SECTION);
+	put_le32(packet + header, one_in(40) ? (uint32_t)below(140) : NVSP_RNDIS);
+	put_le32(packet + header + 4, one_in(40));
+	put_le32(packet + header + 8, direct && !one_in(8) ? (uint32_t)NVSP_NO_SECTION : section);
+	put_le32(packet + header + 12, one_in(30) ? (uint32_t)draw() : length < SEND_SECTION ? length : SEND_SECTION);
 	while (one_in(12))
 		packet[below(total)] = (uint8_t)draw();
 	put_packet(channel, packet, total);
@@ -311,7 +299,7 @@ static void send_packet(unsigned channel)
 static void look(unsigned channel)
 {
 	uint8_t *control = world.ram + page_of(channel, true) * HOT_PAGE_SIZE, *data = control + HOT_PAGE_SIZE;
-	uint32_t in = get32(control), out = get32(control + 4);
+	uint32_t in = get_le32(control), out = get_le32(control + 4);
 	// A ring that was spoilt may lead round and round.
 	for (unsigned left = RING / 8; left && in < RING && out < RING && in != out && out % 8 == 0; left--) {
 		struct ring_descriptor descriptor;
@@ -323,7 +311,7 @@ static void look(unsigned channel)
 			break;
 		out = (out + descriptor.length8 * 8U + 8) % RING;
 	}
-	put32(control + 4, in);
+	put_le32(control + 4, in);
 }
 
 static void complete(unsigned channel)
@@ -332,7 +320,7 @@ static void complete(unsigned channel)
 	uint64_t id = one_in(20) || !held_count[channel] ? draw() & 0xff000000ff : held[channel][--held_count[channel]];
 	struct ring_descriptor descriptor = {0xb, 2, 3, 0, id};
 	memcpy(packet, &descriptor, sizeof(descriptor));
-	put32(packet + 16, one_in(40) ? 1 : NVSP_RNDIS_COMPLETE);
+	put_le32(packet + 16, one_in(40) ? 1 : NVSP_RNDIS_COMPLETE);
 	put_packet(channel, packet, 24);
 }
 
@@ -341,7 +329,7 @@ static void complete(unsigned channel)
 // As after a new start: the ring is empty again.
 static void empty(unsigned channel)
 {
-	put32(world.ram + page_of(channel, false) * HOT_PAGE_SIZE, ((RingObject *)incoming[channel])->out);
+	put_le32(world.ram + page_of(channel, false) * HOT_PAGE_SIZE, ((RingObject *)incoming[channel])->out);
 }
 
 static void serve(unsigned channel)
@@ -408,7 +396,7 @@ static void save_and_restore(void)
 
 static void step(void)
 {
-	char message[200] = {0};
+	static const char message[6000];
 	unsigned channel = (unsigned)below(CHANNELS);
 	int room;
 	switch (below(26)) {
@@ -450,7 +438,7 @@ static void step(void)
 		break;
 	case 11:
 		if (one_in(4))
-			put32(world.ram + page_of(channel, one_in(2)) * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
+			put_le32(world.ram + page_of(channel, one_in(2)) * HOT_PAGE_SIZE + 4 * below(5), (uint32_t)some_value());
 		break;
 	case 12:
 		call(queues[channel], "set_target",

@@ -3,6 +3,7 @@
 #ifndef PYVMM_FUZZ_WORLD_H
 #define PYVMM_FUZZ_WORLD_H
 
+#include "../../../pyvmm/core/hot/bytes.h"
 #include "../../../pyvmm/core/hot/synic.h"
 #include "../../../pyvmm/core/hot/vp.h"
 
