@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 #: How long passt may take to start.
 START_S = 20
+_END_S = 5
 _NIC, _PASST = 0, 1
 #: Addresses for guests of hosts that have no way to other networks, from which passt would take them.
 _ALONE = ("--ipv4-only", "-i", "lo", "-a", "10.0.2.15", "-n", "24", "-g", "10.0.2.2", "-M", "02:00:00:00:00:01")
@@ -37,7 +39,7 @@ class UserPort(Port):
         """`forwards` lead ports of the host to the guest, as ``tcp:[ADDRESS:]8080:80``. Raises SwitchError."""
         stream = _start(forwards, DEFAULT_MTU)
         switch = _hot.Switch(DEFAULT_MTU, patient=True)
-        switch.add_port(_PASST, "stream", stream.detach())
+        switch.add_port(_PASST, "stream", os.dup(stream.fileno()))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         switch.add_port(_NIC, "socket", theirs.detach())
         ours.setblocking(False)
@@ -45,6 +47,7 @@ class UserPort(Port):
         if on_lost is not None:
             self.on_lost = on_lost
         self._switch = switch
+        self._stream = stream
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="user network", daemon=True)
         self._thread.start()
@@ -54,7 +57,7 @@ class UserPort(Port):
         self._switch.set_offloads(_NIC, offloads)
 
     def close(self) -> None:
-        """End passt with its socket."""
+        """End passt with its socket, and return once the ports of the host that it had are free."""
         self._closing = True
         self._switch.stop()
         if threading.current_thread() is not self._thread:
@@ -62,6 +65,14 @@ class UserPort(Port):
         for number in (_NIC, _PASST):
             self._switch.remove_port(number)
         os.close(self.fd)
+        with self._stream:
+            try:
+                self._stream.shutdown(socket.SHUT_WR)
+            except OSError:  # it has ended before
+                return
+            end = select.poll()
+            end.register(self._stream, 0)  # its end is told always
+            end.poll(_END_S * 1000)
 
     def _main(self) -> None:
         self._switch.run()

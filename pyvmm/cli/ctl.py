@@ -183,8 +183,8 @@ def _lines(args: argparse.Namespace, reply: dict[str, Any]) -> list[str]:
     if "inspect" in reply:
         node = reply["inspect"]
         return list(_tree(node)) if isinstance(node, dict | list) else [_scalar(node)]
-    if "nics" in reply:
-        return _nic_table(reply["nics"])
+    if "nics" in reply or args.command == "nic":
+        return _nic_table(reply.get("nics", [reply]))
     if "message" in reply:
         return [str(reply["message"])]
     return [f"{key}: {_scalar(value)}" for key, value in reply.items() if key not in ("ok", "version")]

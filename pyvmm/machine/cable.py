@@ -158,8 +158,9 @@ class Cable:
                 self._lost = error
                 self._look_again()
             else:
+                if self._lost is not None:
+                    self._log.warn(self._name, f"{config.network} is there again")
                 self._replace(port, found)
-                self._log.warn(self._name, f"{config.network} is there again")
 
     # Ports -------------------------------------------------------------------------------------------
 

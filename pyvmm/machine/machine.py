@@ -261,7 +261,7 @@ class Machine:
         Raises MachineError if the VM has no VMBus.
         """
         if not self._vmbus:
-            raise MachineError("the VM has no VMBus, so no SCSI controller", EXIT_USAGE)
+            raise MachineError("the VM has no VMBus, so nothing can be plugged in", EXIT_USAGE)
         with self._making:
             if self._synthetic is None:
                 from pyvmm.machine.synthetic import SyntheticDevices

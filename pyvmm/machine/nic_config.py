@@ -131,10 +131,11 @@ def parse_nic(text: str) -> NicConfig:
 def change_nic(nic: NicConfig, text: str) -> NicConfig:
     """`nic` with what `text` says, which may be any part of `NIC_FORM`; raises ConfigError.
 
-    On another network the settings of the one before are gone. ``none`` ends a vlan, a trunk, or a limit.
+    On another network the settings of the one before are gone. ``none`` ends a vlan, a trunk, a limit or forwards.
     """
     changed = copy.copy(nic)
     in_trunk = False
+    forwards: tuple[str, ...] = ()
     for number, word in enumerate(text.split(",")):
         key, _, value = word.partition("=")
         in_trunk = key == "trunk" or (in_trunk and _is_number(word))
@@ -142,7 +143,7 @@ def change_nic(nic: NicConfig, text: str) -> NicConfig:
             if number:
                 raise ConfigError(f"nic {text!r}: {word!r} comes first")
             _connect(changed, key, value)
-        elif key in ("vlan", "native", "bandwidth", "trunk") and value == "none":
+        elif key in ("vlan", "native", "bandwidth", "trunk", "forward") and value == "none":
             setattr(changed, key, getattr(NicConfig, key))
         elif key in ("vlan", "native") and _is_number(value):
             setattr(changed, key, int(value))
@@ -161,7 +162,7 @@ def change_nic(nic: NicConfig, text: str) -> NicConfig:
         elif key in ("mac_spoofing", "dhcp_guard", "router_guard") and (word == key or value in ("on", "off")):
             setattr(changed, key, value != "off")
         elif key == "forward" and value:
-            changed.forward += (value,)
+            changed.forward = forwards = (*forwards, value)
         else:
             raise ConfigError(f"nic {text!r}: unknown option {word!r}: write {NIC_FORM}")
     check_nic(changed)

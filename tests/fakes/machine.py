@@ -55,17 +55,17 @@ class FakeNics:
 
     def add(self, config: NicConfig) -> dict[str, Any]:
         self._calls.append(("add", config.network, config.vlan))
-        return {"nic": 1, "mac": "00:15:5d:00:00:01"}
+        return self.inspect()[1]
 
     def remove(self, number: int) -> dict[str, Any]:
         self._calls.append(("remove", number))
-        return {"nic": number}
+        return self.inspect()[number]
 
     def change(self, number: int, text: str) -> dict[str, Any]:
         self._calls.append(("set", number, text))
         if text == "switch=missing":
             raise SwitchError("no switch missing", "missing")
-        return {"nic": number, "link": False}
+        return self.inspect()[number]
 
     def inspect(self) -> list[dict[str, Any]]:
         nic = {"type": "synthetic", "lost": None, "port": None}

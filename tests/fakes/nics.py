@@ -90,7 +90,8 @@ class FakeNetworks:
 
     def _user(self, forwards: tuple[str, ...], on_lost: Callable[[], None]) -> FakePort:
         taken = {forward for port in self.open for forward in getattr(port, "forwards", ())}
-        if taken.intersection(forwards):
+        sources = {forward.rpartition(":")[0] for forward in taken}
+        if sources.intersection(forward.rpartition(":")[0] for forward in forwards):
             raise SwitchError("user network: the port of the host is in use", "host")
         port = self._open("user")
         port.forwards = forwards  # type: ignore[attr-defined]

@@ -99,7 +99,9 @@ def test_a_disks_path_is_taken_from_here_not_from_the_vms_folder(
 
 def test_nics_come_go_and_change(vm: str, machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ctl", vm, "nic", "add", "switch=lan,vlan=10"]) == 0
-    assert capsys.readouterr().out == "nic: 1\nmac: 00:15:5d:00:00:01\n"
+    assert capsys.readouterr().out == (
+        "NIC  TYPE       MAC                NETWORK  LINK\n1    synthetic  00:15:5d:00:00:02  none     down\n"
+    )
     assert main(["ctl", vm, "nic", "set", "1", "link=down,vlan=none", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["link"] is False
     assert main(["ctl", vm, "nic", "remove", "1"]) == 0

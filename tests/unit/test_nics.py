@@ -212,12 +212,16 @@ def test_a_change_that_is_refused_changes_nothing(rig: Rig) -> None:
 def test_forwards_change_though_old_and_new_have_a_port_in_common(rig: Rig) -> None:
     nics = rig.make("user,forward=tcp:8080:80", "user,forward=udp:53:53")
     nics.change(0, "forward=tcp:8081:81")
-    assert rig.port(0).forwards == ("tcp:8080:80", "tcp:8081:81")  # type: ignore[attr-defined]
+    assert rig.port(0).forwards == ("tcp:8081:81",)  # type: ignore[attr-defined]
+    nics.change(0, "forward=tcp:8081:82,forward=tcp:8080:80")
     with pytest.raises(SwitchError, match="in use"):
         nics.change(0, "forward=udp:53:53")
-    for _ in range(3):  # at first, at the change, and after the one that was refused
+    for _ in range(4):  # at first, at the changes, and after the one that was refused
         rig.bus.nics[0].wait_for("connect", "user")
-    assert rig.port(0).forwards == ("tcp:8080:80", "tcp:8081:81")  # type: ignore[attr-defined]
+    assert rig.port(0).forwards == ("tcp:8081:82", "tcp:8080:80")  # type: ignore[attr-defined]
+    assert rig.log.getvalue() == ""
+    nics.change(0, "forward=none")
+    assert rig.port(0).forwards == ()  # type: ignore[attr-defined]
 
 
 def test_synthetic_nics_come_and_go_while_the_vm_runs(rig: Rig) -> None:

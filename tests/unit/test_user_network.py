@@ -196,11 +196,12 @@ def test_a_host_with_a_way_out_gives_the_guest_its_own_address(host: NetworkName
     port.close()
 
 
-def test_passt_ends_with_its_port(host: NetworkNamespace) -> None:
-    port = connected(host, "tcp:8080:80")
-    (passt,) = passts(host)
-    port.close()
-    wait_for_end(passt)
+def test_passt_ends_with_its_port_and_gives_the_hosts_back(host: NetworkNamespace) -> None:
+    for _ in range(3):
+        port = connected(host, "tcp:8080:80", "udp:127.0.0.1:53:53")
+        assert len(passts(host)) == 1
+        port.close()
+    assert passts(host) == []
 
 
 def test_passt_ends_with_a_vm_that_is_killed(host: NetworkNamespace) -> None:
