@@ -25,7 +25,7 @@ MAX_FORWARDS = 256
 #: Bytes of an interface's name (IFNAMSIZ of linux/if.h, without the NUL).
 MAX_INTERFACE = 15
 
-_FORWARD = re.compile(r"(tcp|udp):(?:(\[[0-9A-Fa-f:.]+\]|[0-9.]+):)?([0-9]{1,5}):(.{1,64}):([0-9]{1,5})")
+_FORWARD = re.compile(r"(tcp|udp):(?:([0-9.]+):)?([0-9]{1,5}):(.{1,64}):([0-9]{1,5})")
 
 
 class SwitchType(StrEnum):
@@ -84,15 +84,14 @@ class SwitchDefinition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 def parse_forward(text: str) -> Forward:
-    """A forward from ``tcp:[ADDR:]PORT:VM:PORT``, an IPv6 address in brackets. Raises SwitchError."""
+    """A forward from ``tcp:[ADDR:]PORT:VM:PORT``, with an IPv4 address. Raises SwitchError."""
     found = _FORWARD.fullmatch(text)
     if found is None:
         raise SwitchError(f"forward {text!r}: write tcp:[ADDRESS:]PORT:VM:PORT, such as tcp:8080:web01:80", "usage")
     protocol, address, port, vm, vm_port = found.groups()
     if address is not None:
-        address = address.strip("[]")
         try:
-            ipaddress.ip_address(address)
+            ipaddress.IPv4Address(address)
         except ValueError:
             raise SwitchError(f"forward {text!r}: {address} is no address", "usage") from None
     for number in (port, vm_port):

@@ -92,9 +92,9 @@ def lock(name: str) -> int | None:
 
 
 def tidy(name: str) -> None:
-    """Remove the log and lock of a switch that is no more; its lock is held."""
+    """Remove the files of a switch that is no more; its lock is held."""
     if not os.path.exists(definition(name)):
-        for suffix in ("log", "lock"):
+        for suffix in ("addresses", "leases", "log", "lock"):
             try:
                 os.unlink(running(name, suffix))
             except FileNotFoundError:

@@ -84,7 +84,6 @@ class FakeNat(Nat):
     """Keeps what it is told. `refusal`, once set, is what `plug` raises."""
 
     def __init__(self, definition: SwitchDefinition, interface: str) -> None:
-        super().__init__(definition, interface)
         self.nics: dict[str, str] = {}
         self.leased: list[tuple[str, str]] = []
         self.refusal: str | None = None
