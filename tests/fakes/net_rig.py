@@ -248,3 +248,20 @@ class Rig:
 def readable(fd: int) -> bool:
     """Whether a file has something to read now."""
     return bool(select.select([fd], [], [], 0)[0])
+
+
+def frame_of(size: int, fill: int = 0, to: bytes = OTHER) -> bytes:
+    """A frame of no known protocol."""
+    return to + MAC + b"\x88\xb5" + bytes((fill + at) & 0xFF for at in range(size - 14))
+
+
+def counted(rig: Rig) -> dict[str, int]:
+    """Statistics that are not 0."""
+    return {name: value for name, value in rig.device.statistics().items() if value}
+
+
+def small_rig() -> Rig:
+    """A NIC with four sections for frames."""
+    rig = Rig(receive_pages=range(512, 521))
+    assert rig.sections == 20
+    return rig
