@@ -34,14 +34,7 @@ MIRROR_LIMIT = 1 << 30
 #: Bytes that a port's sockets hold in each direction; the host may allow less.
 _SOCKET_BUFFER, _UPLINK_BUFFER = 1 << 20, 4 << 20
 
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCGIFMTU, _SIOCSIFMTU, _SIOCSIFHWADDR, _SIOCGIFHWADDR = (
-    0x8913,
-    0x8914,
-    0x8921,
-    0x8922,
-    0x8924,
-    0x8927,
-)
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU, _SIOCSIFHWADDR, _SIOCGIFHWADDR = 0x8913, 0x8914, 0x8922, 0x8924, 0x8927
 _IFF_UP = 1
 _ARPHRD_ETHER = 1
 _IFREQ_FLAGS, _IFREQ_INT, _IFREQ_ADDRESS = "16sH22x", "16si20x", "16sH6s16x"
@@ -61,9 +54,9 @@ class ProcessPlane(DataPlane):
 
     name = "process"
 
-    def __init__(self, definition: SwitchDefinition) -> None:
+    def __init__(self, definition: SwitchDefinition, *, manual_time: bool = False) -> None:
         super().__init__(definition)
-        self._switch = Switch(definition.mtu)
+        self._switch = Switch(definition.mtu, manual_time=manual_time)
         self._thread: threading.Thread | None = None
         self.on_trouble: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
@@ -76,13 +69,6 @@ class ProcessPlane(DataPlane):
             self.host_interface = definition.host_interface
         elif definition.interface is not None:
             fd, mac = open_packets(definition.interface)
-            mtu = _mtu_of(fd, definition.interface)
-            if mtu < definition.mtu:
-                os.close(fd)
-                raise PlaneError(
-                    f"uplink {definition.interface}: its MTU is {mtu}, the switch's {definition.mtu}: "
-                    f"ip link set {definition.interface} mtu {definition.mtu}"
-                )
             # Its own address is known, so that what comes for the host itself isn't for VMs.
             self._switch.add_port(_OUTSIDE, "packet", fd, tagged=range(MIN_VLAN, MAX_VLAN + 1), mac=mac)
         self._thread = threading.Thread(target=self._main, name=f"switch {definition.name}", daemon=True)
@@ -204,11 +190,6 @@ def make_tap(name: str, mtu: int) -> int:
         needs = "; run as root" if isinstance(error, PermissionError) else ""
         raise PlaneError(f"host interface {name}: {error.strerror}{needs}") from error
     return fd
-
-
-def _mtu_of(fd: int, name: str) -> int:
-    mtu: int = struct.unpack(_IFREQ_INT, fcntl.ioctl(fd, _SIOCGIFMTU, struct.pack(_IFREQ_INT, name.encode(), 0)))[1]
-    return mtu
 
 
 def open_packets(name: str, both_ways: bool = False) -> tuple[int, bytes]:

@@ -52,9 +52,9 @@ def told(report: dict[str, Any], key: str) -> str:
     return results[key]
 
 
-def guest_script(name: str) -> str:
-    """The text of a stock guest's script in this folder, after what they share."""
-    return "".join((Path(__file__).parent / part).read_text() for part in ("guest_common.sh", name))
+def guest_script(*names: str) -> str:
+    """The text of a stock guest's script in this folder, in parts, after what all share."""
+    return "".join((Path(__file__).parent / part).read_text() for part in ("guest_common.sh", *names))
 
 
 _ATTEMPTS = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ _CTL_SECONDS = 240.0
 class Vm:
     """One ``pyvmm run``, of `seconds` at most, and what its guest said so far; its files are in `folder`."""
 
-    def __init__(self, folder: Path, seconds: float, *arguments: str) -> None:
+    def __init__(self, folder: Path, seconds: float, *arguments: str, stdin: int = subprocess.DEVNULL) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.control = str(folder / "control")
         self.report = folder / "report.json"
         own = ("--control", self.control, "--timeout", f"{seconds:g}", "--report", str(self.report))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pyvmm", "run", *arguments, *own],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONFAULTHANDLER": "1"},
@@ -93,3 +96,46 @@ class Vm:
         except ValueError:
             reply = None
         return {"exit": done.returncode, "reply": reply, "stderr": done.stderr}
+
+
+class ShellVm(Vm):
+    """A `Vm` whose guest ends its script with guest_shell.sh: it runs the commands that it is given."""
+
+    def __init__(self, folder: Path, seconds: float, *arguments: str) -> None:
+        super().__init__(folder, seconds, *arguments, stdin=subprocess.PIPE)
+        self._count = 0
+
+    def send(self, command: str) -> int:
+        """Give the guest a command line; `wait` with the returned number for its end."""
+        assert self.process.stdin is not None
+        self._count += 1
+        with contextlib.suppress(BrokenPipeError):  # `wait` will tell
+            self.process.stdin.write(f"{self._count} {command}\n".encode())
+            self.process.stdin.flush()
+        return self._count
+
+    def wait(self, number: int) -> tuple[int, str]:
+        """The command's exit status and output; status -1 if the guest never reported its end."""
+        key = f"done{number}"
+        status = int(self.results[key]) if self.until(key) else -1
+        said = re.search(rf"^RESULT begun{number}=.*\n((?s:.*?))^RESULT {key}=", self.console, re.MULTILINE)
+        return status, "".join(re.findall(r"^OUT (.*\n)", said[1] if said else "", re.MULTILINE))
+
+    def run(self, command: str) -> tuple[int, str]:
+        """`send` and `wait`."""
+        return self.wait(self.send(command))
+
+    def says(self, command: str) -> str:
+        """What a command printed, without white space around it."""
+        return self.run(command)[1].strip()
+
+
+def attempt(name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a step of a session found, or why it broke off: the other steps have their say. stderr tells of its time."""
+    begin = time.monotonic()
+    try:
+        found = step()
+    except (OSError, ValueError, LookupError, TypeError, subprocess.SubprocessError) as error:
+        found = {"failed": repr(error)}
+    print(f"{name}: {time.monotonic() - begin:.1f} s {found.get('failed', '')}", file=sys.stderr, flush=True)
+    return found

@@ -405,17 +405,6 @@ def test_messages_that_are_too_long_are_dropped(rig: SwitchRig) -> None:
     assert receive(b) == frame(A, text=bytes(1500))
 
 
-def test_an_mtu_of_9000_carries_frames_of_9000_bytes_and_no_more() -> None:
-    rig = SwitchRig(9000)
-    try:
-        a, b = rig.port(1), rig.port(2)
-        send(a, frame(A, text=bytes(9001)), frame(A, text=bytes(9000)))
-        assert receive(b) == frame(A, text=bytes(9000))
-        assert rig.dropped(1) == {"oversized": 1}
-    finally:
-        rig.close()
-
-
 def test_drops_are_counted_by_reason(rig: SwitchRig) -> None:
     dhcp = frames.packet4(frames.udp(b"", ports=(67, 68), **IP), frames.UDP, source=A)
     router = frames.ethernet(
