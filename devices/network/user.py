@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import shutil
 import socket
 import subprocess
 import threading
+import time
 
 from devices.network.errors import SwitchError
 from devices.network.port import DEFAULT_MTU, Port
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 #: How long passt may take to start.
 START_S = 20
-_END_S = 5
+#: How long it may take to end, and how often that is looked at.
+_END_S, _LOOK_S = 2, 0.005
 _NIC, _PASST = 0, 1
 #: Addresses for guests of hosts that have no way to other networks, from which passt would take them.
 _ALONE = ("--ipv4-only", "-i", "lo", "-a", "10.0.2.15", "-n", "24", "-g", "10.0.2.2", "-M", "02:00:00:00:00:01")
@@ -39,7 +40,7 @@ class UserPort(Port):
         """`forwards` lead ports of the host to the guest, as ``tcp:[ADDRESS:]8080:80``. Raises SwitchError."""
         stream = _start(forwards, DEFAULT_MTU)
         switch = _hot.Switch(DEFAULT_MTU, patient=True)
-        switch.add_port(_PASST, "stream", os.dup(stream.fileno()))
+        switch.add_port(_PASST, "stream", stream.detach())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         switch.add_port(_NIC, "socket", theirs.detach())
         ours.setblocking(False)
@@ -47,7 +48,7 @@ class UserPort(Port):
         if on_lost is not None:
             self.on_lost = on_lost
         self._switch = switch
-        self._stream = stream
+        self._forwards = forwards
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="user network", daemon=True)
         self._thread.start()
@@ -65,14 +66,10 @@ class UserPort(Port):
         for number in (_NIC, _PASST):
             self._switch.remove_port(number)
         os.close(self.fd)
-        with self._stream:
-            try:
-                self._stream.shutdown(socket.SHUT_WR)
-            except OSError:  # it has ended before
-                return
-            end = select.poll()
-            end.register(self._stream, 0)  # its end is told always
-            end.poll(_END_S * 1000)
+        deadline = time.monotonic() + _END_S
+        for forward in self._forwards:
+            while not _is_free(forward) and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)  # passt is nobody's child, so nobody is told of its end
 
     def _main(self) -> None:
         self._switch.run()
@@ -127,20 +124,37 @@ def _has_way() -> bool:
 
 def _forward(forward: str) -> tuple[str, str]:
     """passt's option for a forward. Raises SwitchError if the port of the host is taken, where passt is silent."""
-    protocol, _, rest = forward.partition(":")
-    source, _, guest_port = rest.rpartition(":")
-    address, _, port = source.rpartition(":")
-    address = address.strip("[]")
-    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    protocol, address, port, guest_port = _parts(forward)
     try:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, kind) as probe:
-            if protocol == "tcp":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((address, int(port)))
-            if protocol == "tcp":
-                probe.listen(1)
+        _bind(protocol, address, port)
     except OSError as error:
         what = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise SwitchError(f"user network: forward {forward}: port {port} of the host: {what}", "host") from error
     return "-t" if protocol == "tcp" else "-u", f"{address}/{port}:{guest_port}" if address else f"{port}:{guest_port}"
+
+
+def _parts(forward: str) -> tuple[str, str, int, str]:
+    protocol, _, rest = forward.partition(":")
+    source, _, guest_port = rest.rpartition(":")
+    address, _, port = source.rpartition(":")
+    return protocol, address.strip("[]"), int(port), guest_port
+
+
+def _is_free(forward: str) -> bool:
+    protocol, address, port, _ = _parts(forward)
+    try:
+        _bind(protocol, address, port)
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _bind(protocol: str, address: str, port: int) -> None:
+    """Have the port of the host for a moment, as passt would; raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM) as probe:
+        if protocol == "tcp":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
+        if protocol == "tcp":
+            probe.listen(1)
