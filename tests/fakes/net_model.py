@@ -180,9 +180,12 @@ def receive(vnet: bytes, frame: bytes, offloads: int, frame_size: int, room: int
     if len(frame) < 14:
         return None
     tags = _tags(frame)
-    if len(frame) <= frame_size:
+    limit = min(room, frame_size + 4 * tags)
+    if gso == 5:  # datagrams, which no guest takes in one piece
+        return None
+    if len(frame) <= limit:
         gso = 0
-    elif not gso and len(frame) > min(room, frame_size + 4 * tags):
+    elif not gso:
         return None
     plain = int.from_bytes(frame[12 + 4 * tags :][:2], "big")
     known = frames.parts(frame) if plain in (0x0800, 0x86DD) else None

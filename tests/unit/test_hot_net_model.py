@@ -190,7 +190,7 @@ def arrivals(draw: st.DrawFn) -> tuple[bytes, bytes]:
     if kind == "plain" or not whole:
         return frames.vnet(), frame
     found = frames.parts(frame)
-    if kind == "large" and found.protocol == frames.TCP and len(frame) > found.payload:
+    if kind == "large" and len(frame) > found.payload:
         made = frames.partial(frame, draw(st.sampled_from([48, 536, 1448])))
     else:
         made = frames.partial(frame)

@@ -363,43 +363,52 @@ static NetQueueObject *target_of(NetQueueObject *queue, struct incoming *in)
 	return target && target->running ? target : queue;
 }
 
+// Whether the guest takes a frame that is still to be cut.
+static bool takes_large(const NetDeviceObject *device, const struct net_frame *frame)
+{
+	uint32_t coalesce = frame->version == 4 ? RECEIVE_RSC4 : RECEIVE_RSC6;
+	return frame->protocol == PROTOCOL_TCP && device->offloads & coalesce;
+}
+
+// Returns NET_RECEIVED_FRAMES for a frame that the guest is to have, or else what to count it as.
+static enum net_counter judge(const NetDeviceObject *device, struct incoming *in)
+{
+	bool large = in->vnet.gso_type != VNET_GSO_NONE;
+	uint32_t limit = device->frame_size < device->room ? device->frame_size : device->room;
+	if (in->size < NET_ETHERNET)
+		return NET_RECEIVED_RUNTS;
+	if (!wanted(device, in->head))
+		return NET_RECEIVED_FILTERED;
+	if (!in->vnet.flags && !large && !device->table_count && in->size <= limit)
+		return NET_RECEIVED_FRAMES;
+	if (!net_frame_parse(&in->frame, in->head, in->size < NET_MAX_HEADERS ? in->size : NET_MAX_HEADERS, in->size))
+		return NET_RECEIVED_OVERSIZED;
+	limit = device->frame_size + in->frame.tags * NET_TAG;
+	if (limit > device->room)
+		limit = device->room;
+	if (large && in->frame.protocol == PROTOCOL_TCP && in->size <= limit) {
+		in->vnet.gso_type = VNET_GSO_NONE; // as good in one piece
+		large = false;
+	}
+	if (large ? !takes_large(device, &in->frame) : in->size > limit)
+		return NET_RECEIVED_OVERSIZED;
+	if ((in->vnet.flags || large) && !settle_offloads(device, in))
+		return NET_RECEIVED_ERRORS;
+	return NET_RECEIVED_FRAMES;
+}
+
 // Hands a frame to the guest, or drops it.
 static void accept(NetQueueObject *queue, struct incoming *in, struct net_outcome *outcome)
 {
 	NetDeviceObject *device = queue->device;
-	if (in->size < NET_ETHERNET) {
-		net_count(device, NET_RECEIVED_RUNTS, 1);
-		return;
-	}
-	if (!wanted(device, in->head)) {
-		net_count(device, NET_RECEIVED_FILTERED, 1);
-		return;
-	}
-	if (in->size <= device->frame_size)
-		in->vnet.gso_type = VNET_GSO_NONE; // nothing to cut
-	bool large = in->vnet.gso_type != VNET_GSO_NONE;
-	bool tagged = net_get16(in->head + 12) == ETHERTYPE_VLAN && in->size >= NET_ETHERNET + NET_TAG;
-	if (in->vnet.flags || large || device->table_count || in->size > device->frame_size) {
-		if (!net_frame_parse(&in->frame, in->head, in->size < NET_MAX_HEADERS ? in->size : NET_MAX_HEADERS,
-				     in->size)) {
-			net_count(device, NET_RECEIVED_OVERSIZED, 1);
-			return;
-		}
-	}
-	if (in->size > device->frame_size) {
-		uint32_t coalesce = in->frame.version == 4 ? RECEIVE_RSC4 : RECEIVE_RSC6;
-		if (large ? !(device->offloads & coalesce)
-			  : in->size > device->frame_size + in->frame.tags * NET_TAG || in->size > device->room) {
-			net_count(device, NET_RECEIVED_OVERSIZED, 1);
-			return;
-		}
-	}
-	if ((in->vnet.flags || large) && !settle_offloads(device, in)) {
-		net_count(device, NET_RECEIVED_ERRORS, 1);
+	enum net_counter judged = judge(device, in);
+	if (judged != NET_RECEIVED_FRAMES) {
+		net_count(device, judged, 1);
 		return;
 	}
 	NetQueueObject *target = target_of(queue, in);
-	if (tagged && device->offloads & RECEIVE_VLAN)
+	if (device->offloads & RECEIVE_VLAN && in->size >= NET_ETHERNET + NET_TAG &&
+	    net_get16(in->head + 12) == ETHERTYPE_VLAN)
 		take_tag(in);
 	uint32_t first = in->size < device->room ? in->size : device->room, rest = in->size - first;
 	unsigned more = (rest + device->room - 1) / device->room;
