@@ -303,7 +303,6 @@ def test_the_counter_of_missed_frames_tells_of_its_overflow(guest: TulipGuest) -
 
 def test_a_stopped_receiver_takes_nothing(guest: TulipGuest, wire: Wire) -> None:
     guest.put(reg.OPERATION, reg.ST)
-    assert guest.status() & reg.RPS
     wire.give(frame())
     guest.work()
     guest.put(reg.OPERATION, reg.ST | reg.SR)
@@ -346,9 +345,27 @@ def test_both_processes_stop_at_once(guest: TulipGuest, wire: Wire) -> None:
     assert guest.states() == (reg.RECEIVE_WAITING, reg.TRANSMIT_SUSPENDED)
     guest.put(reg.OPERATION, 0)
     assert guest.states() == (reg.STOPPED, reg.STOPPED)
-    assert guest.status() & (reg.TPS | reg.RPS) == reg.TPS | reg.RPS
     guest.send(frame())
     assert wire.sent() == []
+    guest.advance(3 * MILLISECOND)
+    assert guest.acknowledge() & (reg.TPS | reg.RPS) == reg.TPS | reg.RPS
+
+
+def test_no_interrupt_tells_of_a_stop_that_is_over(guest: TulipGuest, wire: Wire) -> None:
+    for way in (0, reg.SR, reg.ST):
+        guest.put(reg.OPERATION, way)
+        guest.put(reg.OPERATION, reg.SR | reg.ST)
+    guest.advance(10 * MILLISECOND)
+    assert not guest.status() & (reg.TPS | reg.RPS)
+
+
+def test_a_stop_that_has_not_been_told_of_is_told_of_elsewhere(guest: TulipGuest, wire: Wire) -> None:
+    guest.put(reg.OPERATION, reg.ST)
+    other = TulipGuest()
+    other.bus.restore(guest.bus.save())
+    assert not other.status() & reg.RPS
+    other.advance(3 * MILLISECOND)
+    assert other.status() & (reg.RPS | reg.AIS) == reg.RPS | reg.AIS
 
 
 def test_without_bus_mastering_memory_is_left_alone(guest: TulipGuest, wire: Wire) -> None:

@@ -44,6 +44,7 @@ _PHY_PINS = phy.CLOCK | phy.TO_PHY | phy.READING
 _TICK_100_NS, _TICK_10_NS, _TICK_SERIAL_NS = 81_920, 819_200, 204_800
 #: By CSR0<19:17>. A guest that wants its list looked at more often than each millisecond has to do with that.
 _AUTO_POLL_NS = (0, 1_000_000, 1_000_000, 1_600_000, 1_000_000, 1_000_000, 1_000_000, 1_000_000)
+_TOLD_AFTER_NS = 2_000_000
 _CSR_FORMAT = f"<{reg.CSRS}I"
 _COUNTERS = ("sent", "sent_bytes", "received", "received_bytes", "filtered", "no_carrier", "missed")
 
@@ -73,19 +74,21 @@ class Chip:
         self._transmit_list = TransmitList(memory)
         self._receive_list = ReceiveList(memory)
 
-        def call_locked(deadline_ns: int, action: Callable[[], None]) -> None:
-            call_at(deadline_ns, lambda: self._locked(action))
-
-        self._timer = GeneralPurposeTimer(clock, call_locked, lambda: self._raise(reg.GTE))
+        self._clock = clock
+        self._call_at = call_at
+        self._timer = GeneralPurposeTimer(clock, self._call_locked, lambda: self._raise(reg.GTE))
         self._bus_master = False
         self._level = False
         self._signal_lost = False
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self._reset()
 
-    def _locked(self, action: Callable[[], None]) -> None:
-        with self._lock:
-            action()
+    def _call_locked(self, deadline_ns: int, action: Callable[[], None]) -> None:
+        def call() -> None:
+            with self._lock:
+                action()
+
+        self._call_at(deadline_ns, call)
 
     def _reset(self) -> None:
         self._csr = list(reg.AFTER_RESET)
@@ -93,6 +96,7 @@ class Chip:
         self._receiving, self._transmitting = reg.STOPPED, reg.STOPPED
         #: A bus error was met: only a reset helps.
         self._failed = False
+        self._untold = 0  # of TPS and RPS
         self._missed = 0
         self._directions, self._outputs = 0, 0
         self._filter.reset()
@@ -166,16 +170,30 @@ class Chip:
             if not before & reg.SR:
                 self._receiving = reg.STOPPED if self._failed else reg.RECEIVE_WAITING
                 self._wake()
+                self._untold &= ~reg.RPS
             elif self._receiving != reg.STOPPED:
                 self._receiving = reg.STOPPED
-                self._raise(reg.RPS)
+                self._tell_later(reg.RPS)
         if changed & reg.ST:
             if not before & reg.ST:
                 self._transmitting = reg.STOPPED if self._failed else reg.TRANSMIT_RUNNING
                 self._wake()
+                self._untold &= ~reg.TPS
             elif self._transmitting != reg.STOPPED:
                 self._transmitting = reg.STOPPED
-                self._raise(reg.TPS)
+                self._tell_later(reg.TPS)
+
+    def _tell_later(self, event: int) -> None:
+        """A process has stopped, as its state shows; the event of that follows.
+
+        Linux's interrupt handler starts the processes again on it, and who has stopped them and waits would miss it.
+        """
+        self._untold |= event
+        self._call_locked(self._clock.now_ns() + _TOLD_AFTER_NS, self._tell)
+
+    def _tell(self) -> None:
+        events, self._untold = self._untold, 0
+        self._raise(events)
 
     def _resume_transmitting(self) -> None:
         if self._transmitting == reg.TRANSMIT_SUSPENDED:
@@ -380,6 +398,7 @@ class Chip:
                 "receiving": self._receiving,
                 "transmitting": self._transmitting,
                 "failed": self._failed,
+                "untold": self._untold,
                 "missed": self._missed,
                 "directions": self._directions,
                 "outputs": self._outputs,
@@ -406,6 +425,7 @@ class Chip:
             self._receiving = saved_int(state, "receiving", 0, 7)
             self._transmitting = saved_int(state, "transmitting", 0, 7)
             self._failed = saved_bool(state, "failed")
+            self._untold = saved_int(state, "untold", 0, reg.TPS | reg.RPS)
             self._missed = saved_int(state, "missed", 0, reg.MISSED_OVERFLOW | reg.MISSED_MASK)
             self._directions = saved_int(state, "directions", 0, 0xFF)
             self._outputs = saved_int(state, "outputs", 0, 0xFF)
@@ -423,6 +443,8 @@ class Chip:
                     raise ValueError(f"saved state: no {key} of a 21140")
                 part.restore(saved)
             self._level = bool(self._summary() & self._csr[reg.INTERRUPTS])
+            if self._untold:
+                self._tell_later(self._untold)
 
     def inspect(self) -> dict[str, Any]:
         """Return live state for people and tools, as plain JSON data."""
