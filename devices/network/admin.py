@@ -27,6 +27,10 @@ def create(made: SwitchDefinition) -> None:
             client.start(made.name)
         except BaseException:
             definition.remove(made.name)
+            lock = places.lock(made.name)
+            if lock is not None:
+                places.tidy(made.name)
+                os.close(lock)
             raise
 
 

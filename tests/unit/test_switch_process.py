@@ -408,3 +408,4 @@ def test_an_address_that_the_host_refuses_leaves_no_switch(host: NetworkNamespac
         host.run(lambda: admin.create(internal))
     assert refused.value.kind == "host"
     assert definition.names() == [] and "pv-lan" not in host.command("ip", "link")
+    assert os.listdir(os.path.dirname(places.running("lan", "sock"))) == []
