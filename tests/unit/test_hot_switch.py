@@ -45,7 +45,7 @@ def tcp_frame(size: int, to: str = frames.BROADCAST, source: str = A) -> bytes:
 def test_a_stream_carries_complete_frames_behind_their_lengths(rig: SwitchRig) -> None:
     nic, stream = rig.port(1), rig.stream(2)
     nic.send(frames.partial(tcp_frame(100)))
-    nic.send(frames.partial(tcp_frame(5000), 1400))
+    nic.send(frames.partial(tcp_frame(5000, to=B), 1400))
     got = receive_stream(stream, 5)
     assert got[0] == tcp_frame(100)
     for segment in got:
@@ -395,7 +395,7 @@ def test_messages_that_are_no_frames_are_dropped(rig: SwitchRig) -> None:
 
 
 def test_messages_that_are_too_long_are_dropped(rig: SwitchRig) -> None:
-    long = [frames.vnet() + frame(A, text=bytes(1501)), bytes(70_000), frames.partial(tcp_frame(5000), 1461)]
+    long = [frames.vnet() + frame(A, text=bytes(1501)), bytes(70_000), frames.partial(tcp_frame(5000, to=B), 1461)]
     assert drops_of(rig, *long) == {"oversized": 3}
     a, b = rig.port(11), rig.port(12)
     biggest = frames.tagged(frame(A, text=bytes(1500)), 7)
@@ -469,15 +469,42 @@ def test_what_is_left_in_a_header_does_not_reach_others(rig: SwitchRig) -> None:
     assert b.recv(2000) == frames.vnet() + frame(A)
 
 
-def test_datagrams_in_one_message_are_cut_for_everybody(rig: SwitchRig) -> None:
-    a, b = rig.port(1), rig.port(2)
-    rig.switch.set_offloads(2, 15)
-    packet = frames.udp(bytes(range(250)) * 10, ports=(1, 2), source=IP["source"], to=IP["to"])
-    a.send(frames.partial(frames.packet4(packet, frames.UDP, source=A), 1000))
-    got = [receive(b) for _ in range(3)]
-    for each in got:
-        frames.assert_right(each)
-    assert b"".join(each[42:] for each in got) == packet[8:]
+def test_what_no_nic_sends_in_one_piece_is_dropped(rig: SwitchRig) -> None:
+    packet = frames.udp(bytes(3000), ports=(1, 2), source=IP["source"], to=IP["to"])
+    datagrams = frames.partial(frames.packet4(packet, frames.UDP, source=A), 1000)
+    to_all = frames.partial(tcp_frame(3000), 1000)
+    assert drops_of(rig, datagrams, to_all) == {"malformed": 2}
+
+
+def test_segments_for_an_unknown_address_are_cut_only_for_who_may_have_it(rig: SwitchRig) -> None:
+    a, knows, may = rig.port(1), rig.port(2, mac=mac(B), mac_spoofing=False), rig.port(3)
+    a.send(frames.partial(tcp_frame(3000, to=C), 1000))
+    assert b"".join(receive(may)[54:] for _ in range(3)) == tcp_frame(3000)[54:]
+    send(a, frame(A, to=C), frame(A))
+    assert [receive(knows) for _ in range(2)] == [frame(A, to=C), frame(A)]
+
+
+def test_a_nic_whose_frames_are_much_work_waits_its_turn() -> None:
+    switch = Switch()
+    (heavy, port), (sink, other) = (socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    switch.add_port(1, "socket", port.detach())
+    switch.add_port(2, "socket", other.detach(), mac=mac(B))
+    message = frames.partial(tcp_frame(12_000, to=B), 48)  # 250 segments
+
+    def taken_in_a_turn() -> int:
+        for _ in range(12):
+            heavy.send(message)
+        before = switch.statistics(1)["received_frames"]
+        switch.stop()
+        assert switch.run() == []  # which carries what is there already
+        taken: int = switch.statistics(1)["received_frames"] - before
+        return taken
+
+    heavy.setblocking(False)
+    assert taken_in_a_turn() == 12
+    assert taken_in_a_turn() == 9  # after 2048 messages
+    heavy.close()
+    sink.close()
 
 
 @pytest.mark.parametrize(("from_tag", "to_tag"), [(None, 7), (7, None), (7, 7), (None, None)])

@@ -22,6 +22,9 @@ enum {
 	SWITCH_PORTS = 1024,
 	SWITCH_BATCH = 32,  // frames received at once
 	SWITCH_LISTED = 64, // frames sent at once
+	// Messages that one port may cause before it is another one's turn: what a batch of large frames is cut into. A port
+	// that wants more is read frame by frame.
+	SWITCH_WORK = 2048,
 	SWITCH_VLANS = 4096,
 	SWITCH_MAC = 6,
 
@@ -115,6 +118,7 @@ struct switch_port {
 
 	struct switch_port *next_fixed, *next_dead;
 	unsigned learned; // addresses in the table
+	bool heavy;	  // its last batch was more than its share of work
 
 	// Frames of this batch.
 	unsigned listed;
@@ -181,6 +185,7 @@ typedef struct SwitchObject {
 	uint8_t control[SWITCH_BATCH][64];
 	struct switch_port *listed[SWITCH_PORTS]; // the ports with lists
 	unsigned listed_count;
+	unsigned work; // messages listed since the port that is being read was turned to
 	uint8_t arena[SWITCH_ARENA];
 	size_t arena_used;
 } SwitchObject;

@@ -34,6 +34,8 @@ static bool take_header(const struct switch_port *port, struct switch_frame *fra
 	struct net_frame *parsed = &frame->parsed;
 	if (!net_frame_parse(parsed, frame->data, size, size) || !net_vnet_valid(vnet, parsed))
 		return false;
+	if (vnet->gso_type == VNET_GSO_UDP_L4 && port->kind != KIND_PACKET)
+		return false; // only hosts' kernels make such
 	// A partial checksum elsewhere would be written after the guards have looked.
 	if (!net_vnet_plain(vnet, parsed)) {
 		net_complete_checksum(vnet, &(struct iovec){frame->data, size}, 1);
@@ -128,7 +130,8 @@ bool switch_admit(SwitchObject *self, struct switch_port *port, struct switch_fr
 	}
 	bool known = find_vlan(port, frame, tag);
 	const uint8_t *to = frame->data, *from = to + SWITCH_MAC;
-	if (from[0] & 1)
+	// Nobody has the address of a group, and TCP doesn't go to one.
+	if (from[0] & 1 || (to[0] & 1 && frame->vnet.gso_type && frame->parsed.protocol == PROTOCOL_TCP))
 		return drop(port, DROP_MALFORMED);
 	if (!fits(self, frame))
 		return drop(port, DROP_OVERSIZED);

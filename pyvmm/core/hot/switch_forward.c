@@ -52,7 +52,7 @@ static bool must_cut(const struct switch_port *port, const struct switch_frame *
 	if (!frame->vnet.gso_type)
 		return false;
 	if (frame->vnet.gso_type == VNET_GSO_UDP_L4)
-		return true; // which only hosts' kernels make, and no NIC of ours takes
+		return true; // no NIC of ours takes such
 	wanted |= frame->parsed.version == 4 ? OFFLOAD_TSO4 : OFFLOAD_TSO6;
 	if (frame->vnet.gso_type & VNET_GSO_ECN)
 		wanted |= OFFLOAD_TSO_ECN;
@@ -127,7 +127,11 @@ void switch_forward(SwitchObject *self, struct switch_port *from, struct switch_
 		complete(frame);
 	for (unsigned i = 0; i < self->count; i++) {
 		struct switch_port *port = self->ports[i];
-		if (port != from && port->link && port->fd >= 0 && switch_carries(port, frame->vlan))
-			deliver(self, port, frame);
+		if (port == from || !port->link || port->fd < 0 || !switch_carries(port, frame->vlan))
+			continue;
+		// Cutting is much work, and a NIC that has no address but its own would throw all of it away.
+		if (frame->vnet.gso_type && !(frame->data[0] & 1) && !port->spoofing)
+			continue;
+		deliver(self, port, frame);
 	}
 }

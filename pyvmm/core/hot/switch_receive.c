@@ -48,9 +48,15 @@ static bool read_failed(SwitchObject *self, struct switch_port *port, int error)
 	return false;
 }
 
+// Whether the port may have one more frame of its batch.
+static bool may_go_on(const SwitchObject *self, const struct switch_port *port, unsigned done)
+{
+	return port->fd >= 0 && done < SWITCH_BATCH && self->work < SWITCH_WORK && limit_passes(&port->in, self->now);
+}
+
 static void receive_tap(SwitchObject *self, struct switch_port *port)
 {
-	for (unsigned i = 0; i < SWITCH_BATCH && limit_passes(&port->in, self->now); i++) {
+	for (unsigned i = 0; may_go_on(self, port, i); i++) {
 		ssize_t size = read(port->fd, buffer_of(self, i), SWITCH_MESSAGE);
 		if (size > 0)
 			take_message(self, port, buffer_of(self, i), (size_t)size, TAG_NONE);
@@ -77,8 +83,8 @@ static int tag_of(struct msghdr *message)
 
 static void receive_messages(SwitchObject *self, struct switch_port *port)
 {
-	unsigned most = port->in.rate ? 1 : SWITCH_BATCH;
-	for (unsigned i = 0; i < SWITCH_BATCH && limit_passes(&port->in, self->now) && port->fd >= 0; i += most) {
+	unsigned most = port->in.rate || port->heavy ? 1 : SWITCH_BATCH;
+	for (unsigned i = 0; may_go_on(self, port, i); i += most) {
 		struct mmsghdr *messages = &self->received[i];
 		for (unsigned j = 0; j < most; j++) {
 			messages[j].msg_hdr.msg_flags = 0;
@@ -133,11 +139,13 @@ static void receive_stream(SwitchObject *self, struct switch_port *port)
 
 void port_receive(SwitchObject *self, struct switch_port *port)
 {
+	self->work = 0;
 	if (port->kind == KIND_TAP)
 		receive_tap(self, port);
 	else if (port->kind == KIND_STREAM)
 		receive_stream(self, port);
 	else
 		receive_messages(self, port);
+	port->heavy = self->work > SWITCH_WORK;
 	switch_send_all(self);
 }

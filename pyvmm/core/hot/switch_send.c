@@ -248,4 +248,5 @@ void port_list(SwitchObject *self, struct switch_port *port, uint8_t *first, siz
 	parts[1] = (struct iovec){(uint8_t *)second, second_size};
 	port->messages[port->listed].msg_hdr = (struct msghdr){.msg_iov = parts, .msg_iovlen = second_size ? 2 : 1};
 	port->listed++;
+	self->work++;
 }
