@@ -217,6 +217,25 @@ def test_malformed_configuration_parameters_are_refused(driver: NetVsc, data: by
     assert driver.set(netvsc.CONFIG_PARAMETER, data) in (INVALID_LENGTH, INVALID_DATA)
 
 
+def test_the_guest_may_have_another_address_until_it_begins_again(make: Make) -> None:
+    rig = make()
+    driver = rig.driver
+    start_linux(driver)
+    other = bytes.fromhex("02aabbccddee")
+    assert driver.set(netvsc.CONFIG_PARAMETER, config_parameter("NetworkAddress", other.hex())) == 0
+    assert driver.query(0x01010102) == (0, other)
+    assert driver.query(netvsc.PERMANENT_ADDRESS) == (0, MAC)
+    rig.port.arrive(frame(to=MAC, source=PEER))
+    rig.port.arrive(frame(to=other, source=PEER))
+    assert driver.frame().data == frame(to=other, source=PEER)
+    for value in ("02aabbccdde", "02aabbccddeeff", "02aabbccddeg", "01aabbccddee", "02 aabbccdde", "0\u0662aabbccddee"):
+        assert driver.set(netvsc.CONFIG_PARAMETER, config_parameter("NetworkAddress", value)) == INVALID_DATA
+    assert driver.query(0x01010102) == (0, other)
+    driver.halt()
+    driver.initialize()
+    assert driver.query(0x01010102) == (0, MAC)
+
+
 @pytest.mark.parametrize(("ndis_version", "revision", "size"), [((6, 0), 1, 112), ((6, 1), 2, 144), ((6, 30), 3, 156)])
 def test_what_can_be_offloaded_is_told_in_the_revision_of_the_guest(
     make: Make, ndis_version: tuple[int, int], revision: int, size: int

@@ -165,8 +165,9 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(make: Make) -> None:
         (lambda state: state.update(version=2), "version"),
         (lambda state: state.update(mac=b"\0\x15\x5d\0\0\1"), "00:15:5d:00:00:01"),
         (lambda state: state.pop("adapter"), "damaged"),
-        (lambda state: state.update(ndis=7), "damaged"),
-        (lambda state: state.update(protocol=None), "damaged"),
+        (lambda state: state["agreement"].update(ndis_major="six"), "damaged"),
+        (lambda state: state["agreement"].update(protocol=None), "damaged"),
+        (lambda state: state["agreement"].update(subchannels=9), "damaged"),
         (lambda state: state["adapter"].update(rss=[]), "damaged"),
         (lambda state: state["adapter"].update(groups=[b"short"]), "damaged"),
         (lambda state: state["adapter"].update(filter="all"), "damaged"),
@@ -182,9 +183,10 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(make: Make) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.update(receive_buffer=[0xDEAD, 1]),
-        lambda state: state.update(send_buffer=0xDEAD),
-        lambda state: state["device"].update(held=[[0, [1 << 20]]]),
+        lambda state: state["buffers"].update(receive=0xDEAD),
+        lambda state: state["buffers"].update(send=0xDEAD),
+        lambda state: state["buffers"].pop("device"),
+        lambda state: state["buffers"]["device"].update(held=[[0, [1 << 20]]]),
     ],
 )
 def test_buffers_that_make_no_sense_cost_the_guest_its_channel(

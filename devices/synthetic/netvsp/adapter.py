@@ -83,6 +83,7 @@ class Adapter:
     def reset(self) -> None:
         """Forget what the guest has set: nothing is received."""
         self._filter = 0
+        self._address = self.mac
         self._groups: list[bytes] = []
         self._offloads = _AT_FIRST
         self._rss = RSS_NONE
@@ -141,6 +142,9 @@ class Adapter:
 
     def _set_config(self, data: bytes) -> None:
         name, value = ndis.config_parameter(data)
+        if name == ndis.ADDRESS_NAME:
+            self._address = ndis.parse_address(value) or self.mac
+            self._apply_filter()
         self._change_offloads(ndis.change_offload_by_name(self._offloads, name, value))
 
     def _change_offloads(self, offloads: Offload) -> None:
@@ -155,7 +159,7 @@ class Adapter:
         self._device.set_rss(*self._rss)
 
     def _apply_filter(self) -> None:
-        self._device.set_filter(self._filter, self.mac, self._groups)
+        self._device.set_filter(self._filter, self._address, self._groups)
 
     def _apply_offloads(self) -> None:
         bits = sum(bit for offload, bit in _RECEIVE_BITS.items() if self._offloads & offload)
@@ -176,6 +180,7 @@ class Adapter:
         """What the guest has set, as plain data."""
         return {
             "filter": self._filter,
+            "address": self._address,
             "groups": list(self._groups),
             "offloads": int(self._offloads),
             "rss": [self._rss.key, list(self._rss.table), self._rss.hashes],
@@ -184,7 +189,7 @@ class Adapter:
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `save` returned, after `begin`."""
         key, table, hashes = state["rss"]
-        self._filter, self._groups = state["filter"], list(state["groups"])
+        self._filter, self._address, self._groups = state["filter"], state["address"], list(state["groups"])
         self._offloads = Offload(state["offloads"])
         self._rss = Rss(key, tuple(table), hashes)
         self._apply()
@@ -192,6 +197,7 @@ class Adapter:
     def inspect(self) -> dict[str, Any]:
         """What the guest has set, for people."""
         return {
+            "address": self._address.hex(":"),
             "filter": [name for bit, name in _FILTER_NAMES.items() if self._filter & bit],
             "groups": [group.hex(":") for group in self._groups],
             "offloads": [bit.name for bit in Offload if self._offloads & bit],
@@ -259,7 +265,7 @@ _QUERIES: dict[int, Callable[[Adapter], bytes]] = {
     Oid.GEN_LINK_STATE: lambda adapter: ndis.link_state(adapter.link_up, LINK_SPEED),
     Oid.GEN_RECEIVE_SCALE_CAPABILITIES: lambda adapter: ndis.rss_capabilities(adapter._channels),
     Oid.ETH_PERMANENT_ADDRESS: lambda adapter: adapter.mac,
-    Oid.ETH_CURRENT_ADDRESS: lambda adapter: adapter.mac,
+    Oid.ETH_CURRENT_ADDRESS: lambda adapter: adapter._address,
     Oid.ETH_MULTICAST_LIST: lambda adapter: b"".join(adapter._groups),
     Oid.TCP_OFFLOAD_CURRENT_CONFIG: Adapter.current_config,
     Oid.TCP_OFFLOAD_HARDWARE_CAPABILITIES: lambda adapter: ndis.offload(adapter._supported, adapter._ndis),

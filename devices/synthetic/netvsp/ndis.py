@@ -240,6 +240,8 @@ def link_state(up: bool, speed: int) -> bytes:
 _CONFIG = struct.Struct("<5I")  # offset and length of the name, type, offset and length of the value
 _MAX_CONFIG = 255
 _CONFIG_STRING = 2
+#: The parameter that changes the address: twelve hexadecimal digits.
+ADDRESS_NAME = "NetworkAddress"
 #: Parameters that switch offloads: of a checksum bit 0 is for what is sent, and bit 1 for what is received.
 _CHECKSUM_NAMES = {
     "*IPChecksumOffloadIPv4": Offload.SEND_IP4,
@@ -269,6 +271,21 @@ def config_parameter(data: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         raise Refused(Status.INVALID_DATA) from None
     return name.rstrip("\0"), value.rstrip("\0")
+
+
+def parse_address(value: str) -> bytes | None:
+    """The MAC address in a value of the parameter ADDRESS_NAME; None for an empty one. Raises Refused."""
+    if not value:
+        return None
+    if len(value) != 12 or not value.isalnum() or not value.isascii():
+        raise Refused(Status.INVALID_DATA)
+    try:
+        address = bytes.fromhex(value)
+    except ValueError:
+        raise Refused(Status.INVALID_DATA) from None
+    if address[0] & 1:  # a group's
+        raise Refused(Status.INVALID_DATA)
+    return address
 
 
 def change_offload_by_name(offloads: Offload, name: str, value: str) -> Offload:

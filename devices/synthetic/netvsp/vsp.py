@@ -13,9 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from devices.network.port import MAX_MTU, Nic
-from devices.saved import check_version, saved_bool, saved_bytes, saved_int
+from devices.saved import check_version, saved_bool, saved_bytes
 from devices.synthetic.netvsp import protocol, rndis
 from devices.synthetic.netvsp.adapter import Adapter
+from devices.synthetic.netvsp.agreement import HEADER_SIZE, Agreement
+from devices.synthetic.netvsp.buffers import Buffers
 from devices.synthetic.netvsp.control import Control
 from devices.synthetic.netvsp.link import Link
 from devices.synthetic.netvsp.protocol import Message, Status
@@ -26,9 +28,7 @@ from devices.vmbus.packets import (
     PACKET_INBAND,
     ChannelViolation,
     completion,
-    gpa_direct_ranges,
     inband,
-    page_runs,
 )
 from devices.vmbus.vsp import Vsp
 from pyvmm.core._hot import NetDevice, NetQueue
@@ -49,37 +49,10 @@ MAX_CHANNELS = 8
 #: Instance ids are version 5 UUIDs of the NIC's name in this name space of ours.
 _NAMESPACE = uuid.UUID("02db20a2-13ad-4319-845f-1766c3ac4e67")
 
-_HEADER_SIZE = 14
-Runs = list[tuple[int, int]]
-
 
 def subchannels_for(vp_count: int) -> int:
     """Sub-channels worth offering to a VM of `vp_count` VPs."""
     return min(vp_count, MAX_CHANNELS) - 1
-
-
-class Agreement:
-    """What a guest and its NIC have agreed on so far."""
-
-    def __init__(self) -> None:
-        #: NVSP version; 0 before there is one.
-        self.version = 0
-        #: The guest's NDIS version.
-        self.ndis: tuple[int, int] | None = None
-        #: Largest frame and capabilities of the guest: agreed from version 2 on.
-        self.frame_size = 0
-        self.capabilities = 0
-        #: GPADLs of the buffers, and the id that the guest knows the one for receiving by.
-        self.receive_gpadl: int | None = None
-        self.receive_id = 0
-        self.send_gpadl: int | None = None
-        #: Sub-channels that the guest has asked for.
-        self.subchannels = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether RNDIS messages may be exchanged."""
-        return self.ndis is not None and self.frame_size > 0 and self.receive_gpadl is not None
 
 
 class NetVsp(Vsp, Nic):
@@ -104,11 +77,10 @@ class NetVsp(Vsp, Nic):
         self._plugged = True
         self._link = Link()
         self._link_timer: Timer | None = None
-        self._send_runs: Runs = []
         self._channels: dict[int, Channel] = {}
         self._queue: NetQueue | None = None  # of the primary channel
-        self._saved_device: dict[str, object] | None = None
-        self._device: NetDevice | None = None
+        self._saved_buffers: dict[str, Any] | None = None
+        self._on_bus = False
         # Guards all of the above, and changes of the device.
         self._lock = threading.RLock()
 
@@ -126,7 +98,9 @@ class NetVsp(Vsp, Nic):
         """The NIC is on `bus`."""
         super().attached(bus, workers)
         with self._lock:
+            self._on_bus = True
             self._device = NetDevice(bus.memory.hot)
+            self._buffers = Buffers(self._device, lambda gpadl_id: bus.gpadl(self, gpadl_id))
             self._adapter = Adapter(self.mac, 1 + self.max_subchannels, self._device)
             trace = (lambda text: bus.tracer.line("netvsp", f"{self.name}.0 {text}")) if bus.tracer.netvsp else None
             self._control = Control(self._adapter, self._begin, trace)
@@ -135,9 +109,8 @@ class NetVsp(Vsp, Nic):
     def detached(self) -> None:
         """The NIC is off its bus: leave the port alone."""
         with self._lock:
-            if self._device is not None:
-                self._device.set_port(-1)
-                self._device = None
+            self._on_bus = False
+            self._device.set_port(-1)
 
     # The network --------------------------------------------------------------------------------------
 
@@ -146,7 +119,7 @@ class NetVsp(Vsp, Nic):
         with self._lock:
             before, self._port = self._port, port
             self._port_offloads = 0
-            if self._device is not None:
+            if self._on_bus:
                 self._use_port(replugged=True)
         return before
 
@@ -154,11 +127,10 @@ class NetVsp(Vsp, Nic):
         """Plug the cable in or pull it."""
         with self._lock:
             self._plugged = up
-            if self._device is not None:
+            if self._on_bus:
                 self._change_link()
 
     def _use_port(self, replugged: bool = False) -> None:
-        assert self._device is not None
         self._device.set_port(self._port.fd if self._port is not None else -1)
         self._limit_frames()
         self._tell_port()
@@ -172,15 +144,13 @@ class NetVsp(Vsp, Nic):
             self._port.set_offloads(offloads)
 
     def _largest_frame(self) -> int:
-        return _HEADER_SIZE + (self._port.mtu if self._port is not None else MAX_MTU)
+        return HEADER_SIZE + (self._port.mtu if self._port is not None else MAX_MTU)
 
     def _limit_frames(self) -> None:
-        assert self._device is not None
         agreed = self._agreed.frame_size or protocol.DEFAULT_FRAME_SIZE
         self._device.set_frame_size(min(agreed, self._largest_frame()))
 
     def _change_link(self, replugged: bool = False) -> None:
-        assert self._device is not None
         up = self._plugged and self._port is not None
         self._device.set_link(up)
         self._adapter.link_up = up
@@ -219,7 +189,6 @@ class NetVsp(Vsp, Nic):
 
     def _attach(self, channel: Channel) -> None:
         with self._lock:
-            assert self._device is not None
             index = channel.subchannel_index
             queue = channel.make_engine(partial(NetQueue, self._device, index))
             self._channels[index] = channel
@@ -236,30 +205,29 @@ class NetVsp(Vsp, Nic):
                 self._forget()
 
     def _forget(self) -> None:
-        assert self._device is not None
         self._agreed = Agreement()
-        self._set_receive_buffer(None)
-        self._set_send_buffer(None)
+        self._buffers.drop_receive()
+        self._buffers.drop_send()
         self._device.message_size = protocol.message_size(0)
         self._control.halt()
         self._tell_port()
 
     def reattach(self, channel: Channel) -> None:
-        """A channel is open again after a restore."""
-        if channel.subchannel_index == 0:
-            error = self._find_buffers()
-            if error is not None:
-                channel.fail(error)
-                return
+        """A channel is open again after a restore, and with the primary the guest's buffers are there."""
+        with self._lock:
+            saved, self._saved_buffers = self._saved_buffers, None
+            if channel.subchannel_index == 0 and saved is not None:
+                try:
+                    self._buffers.restore(saved, self._agreed.section_size)
+                except (KeyError, TypeError, ValueError) as error:
+                    channel.fail(f"saved state: {error}")
+                    return
         self._attach(channel)
 
     def gpadl_released(self, gpadl_id: int) -> None:
         """The guest takes a buffer back."""
         with self._lock:
-            if gpadl_id == self._agreed.receive_gpadl:
-                self._set_receive_buffer(None)
-            if gpadl_id == self._agreed.send_gpadl:
-                self._set_send_buffer(None)
+            self._buffers.release(gpadl_id)
 
     def packets(self, channel: Channel, packets: list[Packet]) -> None:
         """Serve what the C code leaves."""
@@ -314,9 +282,9 @@ class NetVsp(Vsp, Nic):
             case Message.SEND_SEND_BUFFER:
                 answer = self._send_buffer(fields[0])
             case Message.REVOKE_RECEIVE_BUFFER:
-                self._set_receive_buffer(None)
+                self._buffers.drop_receive()
             case Message.REVOKE_SEND_BUFFER:
-                self._set_send_buffer(None)
+                self._buffers.drop_send()
             case Message.SWITCH_DATA_PATH:
                 # There is no virtual function, and the guest was told of none.
                 if fields[0] != protocol.DATA_PATH_SYNTHETIC:
@@ -336,7 +304,6 @@ class NetVsp(Vsp, Nic):
             raise ChannelViolation("INIT for the second time")
         accepted = version in protocol.VERSIONS and version <= self._max_version
         if accepted:
-            assert self._device is not None
             agreed.version = version
             self._device.message_size = protocol.message_size(version)
             if version < protocol.V2:
@@ -357,87 +324,27 @@ class NetVsp(Vsp, Nic):
         self._limit_frames()
 
     def _receive_buffer(self, gpadl_id: int, buffer_id: int) -> bytes:
-        agreed = self._agreed
-        if agreed.receive_gpadl is not None or not agreed.frame_size:
+        size = self._agreed.section_size
+        if self._buffers.receive is not None or not self._agreed.frame_size:
             raise ChannelViolation("receive buffer out of place")
-        runs = self._runs(gpadl_id)
-        sections = self._set_receive_buffer(runs, buffer_id) if runs is not None else 0
-        if sections:
-            agreed.receive_gpadl, agreed.receive_id = gpadl_id, buffer_id
-        return protocol.receive_buffer_complete(self._section_size(), sections)
+        return protocol.receive_buffer_complete(size, self._buffers.lend_receive(gpadl_id, buffer_id, size))
 
     def _send_buffer(self, gpadl_id: int) -> bytes:
-        if self._agreed.send_gpadl is not None:
+        if self._buffers.send is not None:
             raise ChannelViolation("send buffer for the second time")
-        runs = self._runs(gpadl_id)
-        sections = self._set_send_buffer(runs) if runs is not None else 0
-        if sections:
-            self._agreed.send_gpadl = gpadl_id
-        return protocol.send_buffer_complete(bool(sections))
+        return protocol.send_buffer_complete(self._buffers.lend_send(gpadl_id) > 0)
+
+    @property
+    def _ready(self) -> bool:
+        """Whether the handshake is over, and RNDIS messages may be exchanged."""
+        return self._agreed.ndis is not None and self._agreed.frame_size > 0 and self._buffers.receive is not None
 
     def _sub_channels(self, operation: int, count: int) -> bytes:
         agreed = self._agreed
-        if operation != protocol.SUB_CHANNEL_ALLOCATE or agreed.subchannels or not agreed.complete:
+        if operation != protocol.SUB_CHANNEL_ALLOCATE or agreed.subchannels or not self._ready:
             return protocol.sub_channel_complete(Status.FAILURE, 0)
         agreed.subchannels = min(count, self.max_subchannels)
         return protocol.sub_channel_complete(Status.SUCCESS, agreed.subchannels)
-
-    # The buffers --------------------------------------------------------------------------------------
-
-    def _runs(self, gpadl_id: int) -> Runs | None:
-        """The memory of a GPADL of this device, if that is one range."""
-        gpadl = self.bus.gpadl(self, gpadl_id)
-        if gpadl is None or len(gpadl.ranges) != 1:
-            return None
-        (part,) = gpadl.ranges
-        return list(page_runs(part.pages, part.offset, part.length))
-
-    def _section_size(self) -> int:
-        return protocol.receive_section_size(max(self._agreed.frame_size, protocol.DEFAULT_FRAME_SIZE))
-
-    def _set_receive_buffer(self, runs: Runs | None, buffer_id: int = 0) -> int:
-        """Return how many sections there are; none if the buffer is of no use."""
-        assert self._device is not None
-        if runs is None:
-            self._agreed.receive_gpadl = None
-            return self._device.set_receive_buffer(None)
-        try:
-            return self._device.set_receive_buffer(runs, buffer_id, self._section_size())
-        except ValueError:
-            return 0
-
-    def _set_send_buffer(self, runs: Runs | None) -> int:
-        assert self._device is not None
-        self._send_runs = runs or []
-        if runs is None:
-            self._agreed.send_gpadl = None
-            return self._device.set_send_buffer(None)
-        try:
-            return self._device.set_send_buffer(runs, protocol.SEND_SECTION_SIZE)
-        except ValueError:
-            self._send_runs = []
-            return 0
-
-    def _find_buffers(self) -> str | None:
-        """Use the buffers that were in use when the state was saved; return what is wrong with them, if anything."""
-        with self._lock:
-            assert self._device is not None
-            agreed, saved = self._agreed, self._saved_device
-            receive_gpadl, send_gpadl = agreed.receive_gpadl, agreed.send_gpadl
-            for gpadl_id in (receive_gpadl, send_gpadl):
-                if gpadl_id is not None and self._runs(gpadl_id) is None:
-                    return f"there is no GPADL {gpadl_id:#x} of a buffer"
-            if receive_gpadl is not None:
-                self._set_receive_buffer(self._runs(receive_gpadl), agreed.receive_id)
-            if send_gpadl is not None:
-                self._set_send_buffer(self._runs(send_gpadl))
-            self._saved_device = None
-            try:
-                if saved is not None:
-                    self._device.restore(saved)
-            except ValueError as error:
-                return str(error)
-        return None
 
     # RNDIS --------------------------------------------------------------------------------------------
 
@@ -445,11 +352,11 @@ class NetVsp(Vsp, Nic):
         kind, section, size = fields
         if kind != protocol.CONTROL:
             raise ChannelViolation(f"RNDIS packet of channel type {kind}")
-        if not self._agreed.complete:
+        if not self._ready:
             raise ChannelViolation("RNDIS message before the handshake is over")
         status, answers = Status.SUCCESS, []
         try:
-            answers = self._control.handle(self._gather(packet, section, size))
+            answers = self._control.handle(self._buffers.gather(self.bus.memory, packet, section, size))
         except ValueError as error:
             self.bus.guest_log.warn(self.name, str(error))
             status = Status.INVALID_RNDIS_PACKET
@@ -463,24 +370,9 @@ class NetVsp(Vsp, Nic):
         self._tell_port()
         self._show_link()
 
-    def _gather(self, packet: Packet, section: int, size: int) -> bytes:
-        """The bytes of a control message; raises ValueError."""
-        runs: Runs = []
-        if section != protocol.NO_SECTION:
-            start = section * protocol.SEND_SECTION_SIZE
-            if size > protocol.SEND_SECTION_SIZE or start + size > sum(length for _, length in self._send_runs):
-                raise ValueError(f"RNDIS message in section {section} of the send buffer, {size} bytes")
-            runs += _slice(self._send_runs, start, size)
-        if packet[0] == PACKET_GPA_DIRECT:
-            for part in gpa_direct_ranges(packet):
-                runs += part
-        if sum(length for _, length in runs) > rndis.MAX_MESSAGE:
-            raise ValueError(f"RNDIS control message of more than {rndis.MAX_MESSAGE} bytes")
-        return b"".join(self.bus.memory.read(gpa, length) for gpa, length in runs)
-
     def _begin(self) -> None:
-        assert self._agreed.ndis is not None
-        self._adapter.begin(self._agreed.ndis, self._agreed.frame_size, self._agreed.capabilities)
+        agreed = self._agreed
+        self._adapter.begin(agreed.ndis or (0, 0), agreed.frame_size, agreed.capabilities)
         self._link.begin()
 
     # Life cycle ---------------------------------------------------------------------------------------
@@ -493,22 +385,14 @@ class NetVsp(Vsp, Nic):
     def save(self) -> dict[str, Any]:
         """Return what was agreed, what the guest has set, and which sections of its receive buffer it holds."""
         with self._lock:
-            assert self._device is not None
-            agreed = self._agreed
             return {
                 "version": 1,
                 "mac": self.mac,
-                "protocol": agreed.version,
-                "ndis": list(agreed.ndis) if agreed.ndis is not None else None,
-                "frame_size": agreed.frame_size,
-                "capabilities": agreed.capabilities,
-                "receive_buffer": [agreed.receive_gpadl, agreed.receive_id],
-                "send_buffer": agreed.send_gpadl,
-                "subchannels": agreed.subchannels,
-                "operational": self._control.operational,
+                "agreement": self._agreed.save(),
+                "buffers": self._buffers.save(),
                 "adapter": self._adapter.save(),
+                "operational": self._control.operational,
                 "link_shown": self._link.shown,
-                "device": self._device.save(),
             }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -523,26 +407,15 @@ class NetVsp(Vsp, Nic):
         mac = saved_bytes(state, "mac", 6, 6)
         if mac != self.mac:
             raise ValueError(f"it is of {mac.hex(':')}")
-        agreed = Agreement()
-        agreed.version = saved_int(state, "protocol", 0, protocol.V6_1)
-        agreed.frame_size = saved_int(state, "frame_size", 0, _HEADER_SIZE + MAX_MTU)
-        agreed.capabilities = saved_int(state, "capabilities", 0, (1 << 64) - 1)
-        agreed.subchannels = saved_int(state, "subchannels", 0, self.max_subchannels)
-        if state["ndis"] is not None:
-            major, minor = state["ndis"]
-            agreed.ndis = major, minor
-        agreed.receive_gpadl, agreed.receive_id = state["receive_buffer"]
-        agreed.send_gpadl = state["send_buffer"]
-        operational = saved_bool(state, "operational")
+        agreed = Agreement.restored(state["agreement"], self.max_subchannels)
         with self._lock:
-            assert self._device is not None
             self._agreed = agreed
             self._device.message_size = protocol.message_size(agreed.version)
-            self._adapter.begin(agreed.ndis or (0, 0), agreed.frame_size, agreed.capabilities)
+            self._begin()
             self._adapter.restore(state["adapter"])
-            self._control.operational = operational
+            self._control.operational = saved_bool(state, "operational")
             self._link.shown = saved_bool(state, "link_shown")
-            self._saved_device = state["device"]
+            self._saved_buffers = state["buffers"]
             self._limit_frames()
             self._tell_port()
 
@@ -561,18 +434,5 @@ class NetVsp(Vsp, Nic):
                 "link": self._link.up,
                 "network": self._port.name if self._port is not None else None,
                 **self._adapter.inspect(),
-                **(self._device.statistics() if self._device is not None else {}),
+                **self._device.statistics(),
             }
-
-
-def _slice(runs: Runs, start: int, size: int) -> Runs:
-    """The part of `runs` that is `size` bytes from `start`, which is inside."""
-    found: Runs = []
-    for gpa, length in runs:
-        if start < length and size:
-            step = min(length - start, size)
-            found.append((gpa + start, step))
-            start, size = 0, size - step
-        else:
-            start -= min(start, length)
-    return found
