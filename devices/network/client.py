@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-#: How long a service may take to start, and to answer.
-START_S = 60
-REPLY_S = 15
+#: How long a service may take to start, and to answer, on a host that is slow.
+START_S = 120
+REPLY_S = 60
 #: Tries to get a port from a service that ends meanwhile.
 _TRIES = 3
 

@@ -285,12 +285,13 @@ class Service:
         except msgspec.ValidationError as error:
             raise SwitchError(f"port {request.port}: {error}", "usage") from error
         self._switch.change(number, settings)
+        shown = self._switch.show_port(number)
         for other in self._clients:
             if other.port == number and other is not client:
                 other.stale = True
-                self._flush(other)
+                self._flush(other)  # which may find that it has gone
                 break
-        return self._switch.show_port(number)
+        return shown
 
     def _end(self, client: _Client, request: protocol.Stop) -> None:
         count = self._switch.ports

@@ -134,6 +134,16 @@ def test_settings_changed_by_the_vm_or_a_command_are_known_to_both(plane: FakePl
     port.close()
 
 
+def test_a_vm_that_goes_while_its_port_is_set_is_no_failure(plane: FakePlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = connect()
+    connection.send(msgspec.json.encode(protocol.Plug(nic())))
+    _, fd = protocol.receive(connection)
+    os.close(fd)
+    monkeypatch.setattr(plane, "change_port", lambda *_: connection.close())
+    assert client.ask("lan", protocol.Set("web01", {"link": False}))["link"] is False
+    until_ports([])
+
+
 def test_a_refused_change_leaves_all_as_it_was(plane: FakePlane) -> None:
     port = client.plug("lan", nic())
     with pytest.raises(SwitchError, match="vlan 5000 is not 1 to 4094"):
