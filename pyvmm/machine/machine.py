@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from pyvmm.core.trace import GuestLog, Tracer
     from pyvmm.machine.config import VmConfig
     from pyvmm.machine.console import Console
-    from pyvmm.machine.nics import Nics
-    from pyvmm.machine.nics import Slot as NicSlot
+    from pyvmm.machine.nics import Nics, Slot
     from pyvmm.machine.processor import Processor
     from pyvmm.machine.synthetic import SyntheticDevices
 
@@ -449,13 +448,10 @@ class Machine:
             if self._nics is None:
                 from pyvmm.machine.nics import Nics
 
-                config = self.config
-                self._nics = Nics(
-                    config.nics, config.name, self.synthetic, self._log, self._clock, self._on_worker_error
-                )
+                self._nics = Nics(self.config, self.synthetic, self._log, self._clock, self._on_worker_error)
             return self._nics
 
-    def _nic_slots(self, type: str) -> list[NicSlot]:
+    def _nic_slots(self, type: str) -> list[Slot]:
         return self._nics.slots(type) if self._nics is not None else []
 
     def inspect(self) -> dict[str, Any]:

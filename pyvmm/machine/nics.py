@@ -16,12 +16,13 @@ from pyvmm.machine.outcome import EXIT_FAILED, EXIT_HOST, EXIT_USAGE, MachineErr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from devices.network.port import Nic
     from pyvmm.core.clock import Clock
     from pyvmm.core.trace import GuestLog
+    from pyvmm.machine.config import VmConfig
     from pyvmm.machine.nic_config import NicConfig
     from pyvmm.machine.synthetic import SyntheticDevices
 
@@ -54,7 +55,7 @@ class Slot:
 
 
 class Nics:
-    """Plugs in `configs`, which `validate` has checked; raises MachineError with nothing left open.
+    """Plugs in the NICs of `config`, which `validate` has checked; raises MachineError with nothing left open.
 
     `synthetic` gives the VMBus devices; it is only called for what changes later. Any thread may call the methods; what
     they refuse is a ConfigError or a SwitchError.
@@ -62,14 +63,13 @@ class Nics:
 
     def __init__(
         self,
-        configs: Sequence[NicConfig],
-        vm: str,
+        config: VmConfig,
         synthetic: Callable[[], SyntheticDevices],
         log: GuestLog,
         clock: Clock,
         on_error: Callable[[BaseException], None],
     ) -> None:
-        self._vm = vm
+        self._vm = config.name
         self._synthetic = synthetic
         self._log = log
         self._clock = clock
@@ -79,8 +79,8 @@ class Nics:
         self._worker = Worker("nics", on_error, clock)
         self._worker.start()
         # Those that say their address come first, so that no other one is given it.
-        for number, config in sorted(enumerate(configs), key=lambda item: item[1].mac is None):
-            self._slots[number] = self._make(number, config)
+        for number, nic in sorted(enumerate(config.nics), key=lambda item: item[1].mac is None):
+            self._slots[number] = self._make(number, nic)
         try:
             for slot in self._slots.values():
                 slot.cable.plug_in()

@@ -14,7 +14,7 @@ from devices.network.settings import VlanMode
 from pyvmm.core.clock import Clock
 from pyvmm.core.trace import GuestLog
 from pyvmm.machine import cable
-from pyvmm.machine.config import ConfigError
+from pyvmm.machine.config import ConfigError, VmConfig
 from pyvmm.machine.nic_config import parse_nic
 from pyvmm.machine.nics import Nics, Slot
 from pyvmm.machine.outcome import MachineError
@@ -54,7 +54,8 @@ class Rig:
         """NICs as on the command line, with their devices."""
         configs = [parse_nic(text) for text in texts]
         synthetic = cast("Callable[[], Any]", lambda: self.bus)
-        nics = Nics(configs, "web01", synthetic, GuestLog(self.log), Clock(), self.errors.append)
+        config = VmConfig(name="web01", nics=configs)
+        nics = Nics(config, synthetic, GuestLog(self.log), Clock(), self.errors.append)
         self.made.append(nics)
         for slot in nics.slots("synthetic"):
             self.bus.plug_nic(slot)
