@@ -23,6 +23,7 @@ from pyvmm.core import _hot
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
 #: How long passt may take to start.
 START_S = 20
@@ -70,6 +71,11 @@ class UserPort(Port):
         for forward in self._forwards:
             while not _is_free(forward) and time.monotonic() < deadline:
                 time.sleep(_LOOK_S)  # passt is nobody's child, so nobody is told of its end
+
+    def inspect(self) -> dict[str, Any]:
+        """As all ports, and what passed between the NIC and passt."""
+        ends = {"nic": _NIC, "passt": _PASST}
+        return {**super().inspect(), **{name: self._switch.statistics(number) for name, number in ends.items()}}
 
     def _main(self) -> None:
         self._switch.run()

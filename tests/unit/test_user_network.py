@@ -166,6 +166,9 @@ def test_a_guest_gets_an_address_and_reaches_the_host_by_its_gateway(host: Netwo
     guest = Guest(port, tmp_path)
     assert guest.lease() == ("10.0.2.15", "10.0.2.2", 1500)
     talk(listening(host, "127.0.0.1", 5000), guest.network, ("10.0.2.2", 5000))
+    told = port.inspect()
+    assert told["nic"]["received_frames"] > 0 and told["passt"]["received_frames"] > 0
+    assert told["nic"]["dropped"] == told["passt"]["dropped"] == {}
     guest.close()
     port.close()
 
