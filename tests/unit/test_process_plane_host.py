@@ -128,13 +128,7 @@ def test_kernels_reach_each_other_through_an_uplink(
 ) -> None:
     guest, network = spaces
     with NetworkNamespace() as host:
-        join(host, network)
-        add_addresses(network, "peer", 2)
-        fd = guest.run(lambda: make_tap("tap1", 1500))
-        add_addresses(guest, "tap1", 1)
-        switch.add_port(1, "tap", fd)
-        fd, mac = host.run(lambda: open_packets("uplink"))
-        switch.add_port(2, "packet", fd, mac=mac)
+        lead_outside(switch, guest, host, network)
         transfer(guest, network, address)
         transfer(network, guest, address.replace("2", "1"))
 
@@ -146,13 +140,7 @@ def test_datagrams_that_a_kernel_leaves_in_one_piece_reach_a_guest_one_by_one(
     guest, network = spaces
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with NetworkNamespace() as host:
-        join(host, network)
-        add_addresses(network, "peer", 2)
-        fd = guest.run(lambda: make_tap("tap1", 1500))
-        add_addresses(guest, "tap1", 1)
-        switch.add_port(1, "tap", fd)
-        fd, mac = host.run(lambda: open_packets("uplink"))
-        switch.add_port(2, "packet", fd, mac=mac)
+        lead_outside(switch, guest, host, network)
         with (
             guest.run(lambda: socket.socket(family, socket.SOCK_DGRAM)) as receiver,
             network.run(lambda: socket.socket(family, socket.SOCK_DGRAM)) as sender,
@@ -169,6 +157,17 @@ def test_datagrams_that_a_kernel_leaves_in_one_piece_reach_a_guest_one_by_one(
     statistics = switch.statistics(2)
     assert statistics["received_bytes"] > 9500 and statistics["dropped"] == {}
     assert statistics["received_frames"] < 10
+
+
+def lead_outside(switch: Switch, guest: NetworkNamespace, host: NetworkNamespace, network: NetworkNamespace) -> None:
+    """The guest on port 1, and on port 2 the host's uplink to the network."""
+    join(host, network)
+    add_addresses(network, "peer", 2)
+    fd = guest.run(lambda: make_tap("tap1", 1500))
+    add_addresses(guest, "tap1", 1)
+    switch.add_port(1, "tap", fd)
+    fd, mac = host.run(lambda: open_packets("uplink"))
+    switch.add_port(2, "packet", fd, mac=mac)
 
 
 def join(host: NetworkNamespace, network: NetworkNamespace) -> None:
