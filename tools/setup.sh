@@ -10,8 +10,8 @@ say() { echo "setup: $*" >&2; }
 missing=()
 need() { dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed || missing+=("$1"); }
 for package in acpica-tools binutils busybox-static dnsmasq-base e2fsprogs ethtool fio gcc haproxy iperf3 iproute2 \
-    iputils-ping kmod libc6-dev libvhdi-utils make nftables passt python3-libvhdi qemu-system-x86 qemu-utils seabios \
-    sg3-utils tcpdump util-linux xfsprogs; do
+    ipxe iputils-ping kmod libc6-dev libvhdi-utils make nftables passt python3-libvhdi qemu-system-x86 qemu-utils \
+    seabios sg3-utils tcpdump util-linux xfsprogs; do
     need "$package"
 done
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then missing+=(python3-venv); fi

@@ -1,4 +1,5 @@
-"""Runs inside the lab for test_tulip.py: a guest with two 21140s, one of them on a TAP with DHCP, HTTP and a VLAN."""
+"""Runs inside the lab for test_tulip.py: a guest with two 21140s, one of them on a TAP with DHCP, HTTP and a VLAN; then
+iPXE, which SeaBIOS boots from a CD, on the same network."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ PLACE = Path("/tmp/tulip")
 GUEST_SECONDS = 140.0
 TAP, NETWORK = "tulip0", "10.77.0"
 DATA_BYTES = 2 << 20
+IPXE, SEABIOS = "/usr/lib/ipxe/ipxe.iso", "/usr/share/seabios/bios.bin"
+IPXE_MAC, IPXE_SECONDS = "00:15:5d:00:00:03", 100.0
 
 
 def run(*command: str) -> None:
@@ -38,7 +41,13 @@ def make_network() -> None:
     run("ip", "link", "set", "tulip0.10", "up")
     dnsmasq = ["dnsmasq", "--port=0", f"--interface={TAP}", "--bind-interfaces", "--user=root", "--conf-file=/dev/null"]
     dnsmasq.append("--no-ping")  # which would hold up the guest's other requests
-    run(*dnsmasq, f"--dhcp-range={NETWORK}.50,{NETWORK}.50", "--dhcp-leasefile=/tmp/leases", "--pid-file=/tmp/dnsmasq")
+    run(
+        *dnsmasq,
+        f"--dhcp-range={NETWORK}.50,{NETWORK}.51",
+        f"--dhcp-boot=http://{NETWORK}.1:8000/script",
+        "--dhcp-leasefile=/tmp/leases",
+        "--pid-file=/tmp/dnsmasq",
+    )
 
 
 class Sink:
@@ -58,9 +67,43 @@ class Sink:
         self.sum = digest.hexdigest()
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the files in PLACE; `asked` are the paths that were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.fetched = threading.Event()
+        super().__init__((f"{NETWORK}.1", 8000), partial(Quiet, directory=str(PLACE)))
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        super().do_GET()
+        if self.path.startswith("/fetched"):
+            self.server.fetched.set()
+
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
+
+
+def boot_ipxe(server: Server) -> dict[str, Any]:
+    """Have iPXE get an address and a script, which fetches a file named after the adapter's address."""
+    (PLACE / "script").write_text(f"#!ipxe\nimgfetch http://{NETWORK}.1:8000/fetched-by-${{net0/mac:hexhyp}}\n")
+    folder = PLACE / "ipxe"
+    folder.mkdir()
+    vm = Vm(
+        folder,
+        IPXE_SECONDS,
+        *("--firmware", SEABIOS, "--cdrom", IPXE, "--memory", "128M", "--enlightenments", "none"),
+        *("--nic", f"tap={TAP},type=legacy,mac={IPXE_MAC}"),
+    )
+    server.fetched.wait(IPXE_SECONDS)
+    vm.ctl("poweroff")
+    return {**vm.end(), "asked": server.asked}
 
 
 def main() -> None:
@@ -69,8 +112,7 @@ def main() -> None:
     data = os.urandom(DATA_BYTES)
     (PLACE / "data").write_bytes(data)
     make_network()
-    server = http.server.ThreadingHTTPServer((f"{NETWORK}.1", 8000), partial(Quiet, directory=str(PLACE)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Server()
     sink = Sink()
     vm = Vm(
         PLACE,
@@ -90,6 +132,7 @@ def main() -> None:
     told["steps"] = steps
     told["sums"] = {"download": hashlib.sha256(data).hexdigest(), "uploaded": sink.sum}
     (RESULTS / "tulip.json").write_text(json.dumps(told))
+    (RESULTS / "ipxe.json").write_text(json.dumps(boot_ipxe(server)))
 
 
 if __name__ == "__main__":

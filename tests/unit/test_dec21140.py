@@ -347,7 +347,7 @@ def test_both_processes_stop_at_once(guest: TulipGuest, wire: Wire) -> None:
     assert guest.states() == (reg.STOPPED, reg.STOPPED)
     guest.send(frame())
     assert wire.sent() == []
-    guest.advance(3 * MILLISECOND)
+    guest.advance(6 * MILLISECOND)
     assert guest.acknowledge() & (reg.TPS | reg.RPS) == reg.TPS | reg.RPS
 
 
@@ -364,7 +364,7 @@ def test_a_stop_that_has_not_been_told_of_is_told_of_elsewhere(guest: TulipGuest
     other = TulipGuest()
     other.bus.restore(guest.bus.save())
     assert not other.status() & reg.RPS
-    other.advance(3 * MILLISECOND)
+    other.advance(6 * MILLISECOND)
     assert other.status() & (reg.RPS | reg.AIS) == reg.RPS | reg.AIS
 
 

@@ -44,7 +44,8 @@ _PHY_PINS = phy.CLOCK | phy.TO_PHY | phy.READING
 _TICK_100_NS, _TICK_10_NS, _TICK_SERIAL_NS = 81_920, 819_200, 204_800
 #: By CSR0<19:17>. A guest that wants its list looked at more often than each millisecond has to do with that.
 _AUTO_POLL_NS = (0, 1_000_000, 1_000_000, 1_600_000, 1_000_000, 1_000_000, 1_000_000, 1_000_000)
-_TOLD_AFTER_NS = 2_000_000
+#: Drivers that wait for TPS and RPS do so for 10 ms and more.
+_TOLD_AFTER_NS = 5_000_000
 _CSR_FORMAT = f"<{reg.CSRS}I"
 _COUNTERS = ("sent", "sent_bytes", "received", "received_bytes", "filtered", "no_carrier", "missed")
 
