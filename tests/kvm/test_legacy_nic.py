@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 
 RECEIVE_BUFFER, TRANSMIT_BUFFER, COUNT = 0x4000, 0x5000, 0x2000
-#: Sends one frame of 60 bytes to itself, in internal loopback, and waits for interrupt 10, which is a level: the first
-#: time its cause is left as it is.
-LOOPBACK = """
+#: Registers of the first NIC, and its place in configuration space.
+MACROS = """
 .macro PUT csr, value
     movw $(0xec00 + 8 * \\csr), %dx
     movl $\\value, %eax
@@ -28,6 +27,18 @@ LOOPBACK = """
     movb $\\value, %al
     outb %al, %dx
 .endm
+.macro ALLOW_BUS_MASTERING
+    movw $0xcf8, %dx
+    movl $0x80005004, %eax
+    outl %eax, %dx
+    movw $0xcfc, %dx
+    movl $7, %eax
+    outl %eax, %dx
+.endm
+"""
+#: Sends one frame of 60 bytes to itself, in internal loopback, and waits for interrupt 10, which is a level: the first
+#: time its cause is left as it is.
+LOOPBACK = """
     movw $handler, 0x72 * 4
     movw %cs, 0x72 * 4 + 2
     OUT 0x20, 0x11
@@ -48,12 +59,7 @@ LOOPBACK = """
     inl %dx, %eax
     cmpl $0x00091011, %eax
     jne wrong
-    movw $0xcf8, %dx
-    movl $0x80005004, %eax
-    outl %eax, %dx
-    movw $0xcfc, %dx
-    movl $7, %eax
-    outl %eax, %dx
+    ALLOW_BUS_MASTERING
     movl $0x80000000, 0x3000
     movl $0x02000600, 0x3004
     movl $0x4000, 0x3008
@@ -90,9 +96,47 @@ wrong:
 
 def test_a_guest_sends_to_itself_and_is_interrupted_until_it_looks(roms: Roms) -> None:
     sent = frame(b"to itself").ljust(60, b"\0")
-    machine = roms.machine(LOOPBACK, nics=[parse_nic("none,type=legacy,mac=00:15:5d:00:01:02")])
+    machine = roms.machine(MACROS + LOOPBACK, nics=[parse_nic("none,type=legacy,mac=00:15:5d:00:01:02")])
     machine.memory.write(TRANSMIT_BUFFER, sent)
     outcome = machine.run()
     assert (outcome.kind, outcome.exit_code) == ("exit", 0x21), outcome.message
     assert machine.memory.read(RECEIVE_BUFFER, 64) == on_wire(sent)
     assert machine.memory.read(COUNT, 2) == b"\x02\x00"
+
+
+#: Sends the same frame to itself for ever, and counts the times.
+SENDING = """
+    ALLOW_BUS_MASTERING
+    movl $0x02000600, 0x3004
+    movl $0x4000, 0x3008
+    movl $0x6200003c, 0x3104
+    movl $0x5000, 0x3108
+    PUT 3, 0x3000
+    PUT 4, 0x3100
+    PUT 6, 0x00002442
+again:
+    movl $0x80000000, 0x3000
+    movl $0x80000000, 0x3100
+    PUT 1, 0
+wait:
+    testl $0x80000000, 0x3000
+    jnz wait
+    testl $0x80000000, 0x3100
+    jnz wait
+    incl 0x2000
+    jmp again
+"""
+
+
+def test_a_vm_that_is_paused_or_reset_sends_on_afterwards(roms: Roms) -> None:
+    vm = roms.start(MACROS + SENDING, nics=[parse_nic("none,type=legacy,mac=00:15:5d:00:01:02")])
+    vm.until(lambda: vm.word(COUNT) > 10, "frames")
+    vm.machine.pause()
+    before = vm.word(COUNT)
+    vm.machine.resume()
+    vm.until(lambda: vm.word(COUNT) > before + 10, "frames after the pause")
+    vm.machine.reset()
+    before = vm.word(COUNT)
+    vm.until(lambda: vm.word(COUNT) > before + 10, "frames after the reset")
+    vm.machine.stop(0)
+    assert vm.wait().kind == "stopped"
