@@ -15,6 +15,7 @@ from pyvmm.core.device import GuestViolation
 from pyvmm.core.kvm.vp import Vp
 from pyvmm.machine.config import DiskConfig
 from pyvmm.machine.machine import Machine
+from pyvmm.machine.nic_config import parse_nic
 from pyvmm.machine.outcome import MachineError
 from tests.fakes.rom import HYPERCALL_PAGE, PROTECTED_MODE, SHOW_HYPERCALL_PAGE, ring
 
@@ -500,8 +501,10 @@ def test_machines_leave_neither_files_nor_threads(roms: Roms, tmp_path: Path) ->
     roms._machines = []
     gc.collect()
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    networks = ("user", "user,type=legacy", "none")
     for number in range(20):
-        use(roms.machine("", firmware=firmware, cpus=2), run=number % 4 != 0)
+        nics = [parse_nic(text) for text in networks] if number % 2 else []
+        use(roms.machine("", firmware=firmware, cpus=2, nics=nics), run=number % 4 != 0)
         roms._machines.clear()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == files
