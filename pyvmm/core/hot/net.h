@@ -219,6 +219,7 @@ struct net_outcome {
 	bool idle;
 	unsigned slow;	    // packets at the head of the ring that are for Python
 	bool stuck;	    // there is no room for what is in `done` and in `indication`
+	bool drained;	    // the port had no more just now
 	const char *broken; // what the guest did wrong
 };
 

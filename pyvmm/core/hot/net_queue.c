@@ -11,6 +11,8 @@
 enum {
 	// Batches before the worker looks after other things.
 	ROUNDS = 32,
+	// After so many the port is asked again, though it had no more.
+	PORT_ROUNDS = 4,
 	// Packets from the guest before it gets to know: soon enough for it to go on meanwhile.
 	BATCH = 32,
 	// While the ring is watched, completions wait for more of them: each may cost the guest an interrupt.
@@ -208,18 +210,16 @@ static void start(NetQueueObject *queue)
 	pthread_mutex_unlock(&queue->outgoing->write_lock);
 }
 
-// Watches the empty ring, and the port, for a while. Returns whether there is something to do.
+// Watches the empty ring, and the port, for a while. Returns whether there is something to do. Only what the guest sends
+// makes it worth the while, as it saves an exit; whoever sends to the port may want this very CPU.
 static bool watch(NetQueueObject *queue, struct net_outcome *outcome)
 {
 	uint64_t now = watch_clock_ns();
 	if (!watch_begin(&queue->watch, now))
 		return false;
 	for (; watch_goes_on(&queue->watch, now); now = watch_clock_ns()) {
-		if (ring_has_more(queue) || (!queue->index && net_receive(queue, outcome))) {
-			queue->watch.vain = 0;
-			watch_worked(&queue->watch);
+		if (ring_has_more(queue) || (!queue->index && net_receive(queue, outcome)))
 			return !outcome->stuck;
-		}
 		if (atomic_load(&queue->owes_signal) || visit_waits(&queue->lock) ||
 		    (queue->done_count && now - queue->done_since > HOLD_NS && !complete(queue)))
 			return true;
@@ -232,13 +232,16 @@ static bool watch(NetQueueObject *queue, struct net_outcome *outcome)
 // Deals with a batch of what there is, both ways.
 static enum taken deal_batch(NetQueueObject *queue, struct net_outcome *outcome, unsigned *count)
 {
+	unsigned done = queue->done_count;
 	enum taken taken = take(queue, outcome, count);
-	if (!queue->index && !outcome->broken && net_receive_controls(queue, outcome))
-		*count += net_receive(queue, outcome);
-	if (*count) {
-		set_mask(queue, true);
+	if (queue->done_count > done) {
+		queue->watch.vain = 0;
 		watch_worked(&queue->watch);
 	}
+	if (!queue->index && !outcome->broken && net_receive_controls(queue, outcome) && !outcome->drained)
+		*count += net_receive(queue, outcome);
+	if (*count)
+		set_mask(queue, true);
 	if (queue->done_count >= HOLD || taken == TAKEN_SLOW)
 		outcome->stuck |= !complete(queue);
 	return taken;
@@ -254,6 +257,8 @@ void net_queue_serve(NetQueueObject *queue, struct net_outcome *outcome)
 		start(queue);
 	for (unsigned round = 0; round < ROUNDS; round++) {
 		unsigned count;
+		if (round % PORT_ROUNDS == 0)
+			outcome->drained = false;
 		enum taken taken = deal_batch(queue, outcome, &count);
 		outcome->slow = taken == TAKEN_SLOW;
 		if (outcome->broken || outcome->stuck || outcome->slow)

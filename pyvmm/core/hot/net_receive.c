@@ -475,6 +475,7 @@ unsigned net_receive(NetQueueObject *queue, struct net_outcome *outcome)
 				device->lost = true;
 			else if (errno != EAGAIN)
 				net_count(device, NET_RECEIVED_ERRORS, 1);
+			outcome->drained = true;
 			break;
 		}
 		if (size < VNET_SIZE) {
