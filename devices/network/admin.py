@@ -91,6 +91,4 @@ def delete(name: str, force: bool = False) -> None:
 
 def _left_behind(name: str, force: bool) -> bool:
     """Whether the host has something left of a service that was killed, which a new one would remove."""
-    if force or not os.path.lexists(places.running(name, "sock")):
-        return False
-    return definition.load(name).type is not SwitchType.PRIVATE
+    return not force and os.path.lexists(places.running(name, "sock"))
