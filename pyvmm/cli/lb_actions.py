@@ -134,8 +134,13 @@ def _set(args: argparse.Namespace, **values: Any) -> int:
 
 
 def _change(args: argparse.Namespace, balancer: Balancer) -> int:
+    before = store.load(balancer.name)
     store.save(balancer)
-    process.tell(balancer.name)
+    try:
+        process.apply(balancer)
+    except BalancerError:
+        store.save(before)
+        raise
     if args.output == "json":
         print(json.dumps(msgspec.to_builtins(balancer), indent=2))
     return 0

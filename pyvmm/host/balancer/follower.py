@@ -41,6 +41,11 @@ class Follower:
         self._balancer: Balancer | None = None
         self._addresses: dict[str, str] = {}
 
+    @property
+    def balancer(self) -> Balancer | None:
+        """The definition that HAProxy works by."""
+        return self._balancer
+
     def step(self) -> None:
         """Bring HAProxy in line; raises BalancerError for a definition that it refuses, with all left as it was."""
         balancer = self._load()

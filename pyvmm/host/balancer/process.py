@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import ipaddress
 import os
 import signal
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import msgspec
 
 from devices.network import places
 from devices.network.errors import SwitchError
@@ -22,11 +25,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pyvmm.host.balancer.definition import Balancer
+
 #: What a started process says once it listens.
 LISTENS = "ok"
 #: How often the VMs are looked at, in seconds.
 LOOK_S = 1.0
-_LOCK, _VIP = "lock", "vip"
+_LOCK, _VIP, _ANSWER = "lock", "vip", "answer"
 _START_S = 20.0
 _STOP_S = 15.0
 
@@ -79,10 +84,14 @@ def serve(name: str, listening: Callable[[], None]) -> None:
                 told = signal.sigtimedwait(signals, LOOK_S)
                 if told is not None and told.si_signo != signal.SIGHUP:
                     break
+                error = ""
                 try:
                     follower.step()
-                except BalancerError as error:
-                    _say(str(error))
+                except BalancerError as refused:
+                    error = str(refused)
+                    _say(error)
+                if told is not None:
+                    _answer(folder, follower.balancer, error)
         finally:
             follower.stop()
             _remove_vip(folder)
@@ -122,12 +131,41 @@ def pid_of(name: str) -> int | None:
     return None
 
 
-def tell(name: str) -> None:
-    """Have the process of load balancer `name`, if it runs, look at its definition at once."""
-    pid = pid_of(name)
-    if pid is not None:
+def apply(balancer: Balancer) -> None:
+    """Have the process of a load balancer, if it runs, work by this definition; return once it does.
+
+    Raises BalancerError if HAProxy refuses it.
+    """
+    answer = store.folder(balancer.name) / _ANSWER
+    deadline = time.monotonic() + _START_S
+    while (pid := pid_of(balancer.name)) is not None:
+        answer.unlink(missing_ok=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGHUP)
+        while not answer.exists() and pid_of(balancer.name) == pid and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            digest, _, error = answer.read_text().partition(" ")
+        except FileNotFoundError:
+            digest = error = ""
+        if error:
+            raise BalancerError(error)
+        if digest == _digest(balancer):
+            return
+        if time.monotonic() > deadline:
+            raise BalancerError(
+                f"load balancer {balancer.name}: process {pid} does not answer: see {_log(balancer.name)}"
+            )
+
+
+def _digest(balancer: Balancer | None) -> str:
+    return hashlib.sha256(msgspec.json.encode(balancer)).hexdigest()
+
+
+def _answer(folder: Path, balancer: Balancer | None, error: str) -> None:
+    part = folder / f"{_ANSWER}.new"
+    part.write_text(f"{_digest(balancer)} {error}")
+    part.rename(folder / _ANSWER)
 
 
 def stop(name: str) -> bool:
