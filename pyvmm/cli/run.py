@@ -54,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Parser]) -> None:
     )
     add = parser.add_argument
     add("vm", nargs="?", metavar="VM.toml", default=None, help="VM file; see 'pyvmm config'")
+    add("--name", metavar="NAME", help=DESCRIPTIONS["name"])
     add("--kernel", metavar="FILE", help=DESCRIPTIONS["kernel"])
     add("--initrd", metavar="FILE", help=DESCRIPTIONS["initrd"])
     add("--cmdline", metavar="TEXT", help=DESCRIPTIONS["cmdline"])
