@@ -66,9 +66,9 @@ def send(data: bytes, frame_size: int) -> Sent:
     return Sent(writes, valid)
 
 
-def _tags(frame: bytes) -> int:
+def _tags(frame: bytes, most: int = 2) -> int:
     count = 0
-    while count < 2 and int.from_bytes(frame[12 + 4 * count : 14 + 4 * count], "big") in (0x8100, 0x88A8):
+    while count < most and int.from_bytes(frame[12 + 4 * count : 14 + 4 * count], "big") in (0x8100, 0x88A8):
         count += 1
     return count
 
@@ -76,6 +76,8 @@ def _tags(frame: bytes) -> int:
 def _write(frame: bytes, ppis: dict[int, int], frame_size: int) -> bytes | None:
     lso, checksum, vlan = ppis.get(LSO, 0), ppis.get(CHECKSUM, 0), ppis.get(VLAN, 0) & 0xFFFF
     if len(frame) < 14:
+        return None
+    if len(frame) < 14 + 4 * _tags(frame, 3):
         return None
     limit = frame_size + 4 * _tags(frame)
     if len(frame) > (14 + 4 * _tags(frame) + 65535 if lso else limit):

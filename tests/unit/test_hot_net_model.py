@@ -78,6 +78,7 @@ def ip_frames(draw: st.DrawFn, most: int = 1800) -> bytes:
 
 
 other_frames = st.binary(min_size=0, max_size=80).map(lambda data: bytes(12) + b"\x88\xb5" + data)
+cut_off = st.builds(lambda frame, size: frames.tagged(frame, 5)[:size], ip_frames(), st.integers(12, 30))
 some_frames = st.one_of(ip_frames(), ip_frames(), ip_frames(), other_frames, st.binary(max_size=13))
 
 
@@ -86,7 +87,7 @@ some_frames = st.one_of(ip_frames(), ip_frames(), ip_frames(), other_frames, st.
 
 @st.composite
 def packets(draw: st.DrawFn) -> bytes:
-    frame = draw(some_frames)
+    frame = draw(st.one_of(some_frames, cut_off))
     ppis = b""
     kind = draw(st.sampled_from(["plain", "checksum", "checksum", "lso", "lso"]))
     tcp = len(frame) > 40 and 6 in (frame[23], frame[20], frame[27], frame[24])

@@ -162,11 +162,11 @@ struct outgoing {
 	uint8_t bytes[NET_TAG + VNET_SIZE + MAX_COPY];
 };
 
-// Bytes of the tags that stand in a frame already.
+// Bytes of the tags that stand in a frame already, of one more than the network knows at most.
 static uint32_t tags_size(const struct outgoing *out)
 {
 	uint32_t size = 0;
-	for (; size < NET_MAX_TAGS * NET_TAG && 14 + size <= out->have; size += NET_TAG) {
+	for (; size <= NET_MAX_TAGS * NET_TAG && NET_ETHERNET + size <= out->have; size += NET_TAG) {
 		uint16_t type = net_get16(out->frame + 12 + size);
 		if (type != ETHERTYPE_VLAN && type != ETHERTYPE_SERVICE_VLAN)
 			break;
@@ -259,11 +259,16 @@ static enum written write_frame(NetQueueObject *queue, struct request *request)
 	out.have = request->size < MAX_COPY ? request->size : MAX_COPY;
 	out.vnet = (struct net_vnet){0};
 	gather(queue, request->data, out.frame, out.have);
-	uint32_t tags = tags_size(&out), limit = device->frame_size + tags;
+	uint32_t tags = tags_size(&out);
+	if (request->size < NET_ETHERNET + tags)
+		return WRITTEN_INVALID;
+	if (tags >= NET_MAX_TAGS * NET_TAG && request->vlan)
+		return WRITTEN_INVALID; // nobody looks behind a third tag
+	if (tags > NET_MAX_TAGS * NET_TAG)
+		tags = NET_MAX_TAGS * NET_TAG;
+	uint32_t limit = device->frame_size + tags;
 	if (request->size > (request->lso ? NET_ETHERNET + tags + 65535 : limit))
 		return WRITTEN_INVALID;
-	if (request->vlan && tags == NET_MAX_TAGS * NET_TAG)
-		return WRITTEN_INVALID; // nobody looks behind a third tag
 	if ((request->lso || request->checksum & CHECKSUM_ANY) && !prepare_offloads(request, &out, limit))
 		return WRITTEN_INVALID;
 	size_t rest = request->size > out.have ? request->size - out.have : 0, rest_at = request->data + out.have;
