@@ -80,7 +80,6 @@ class Chip:
         self._timer = GeneralPurposeTimer(clock, self._call_locked, lambda: self._raise(reg.GTE))
         self._bus_master = False
         self._level = False
-        self._signal_lost = False
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self._reset()
 
@@ -100,6 +99,7 @@ class Chip:
         self._untold = 0  # of TPS and RPS
         self._missed = 0
         self._directions, self._outputs = 0, 0
+        self._signal_lost = False
         self._filter.reset()
         self._timer.stop()
         for process in (self._transmit_list, self._receive_list):
@@ -368,8 +368,8 @@ class Chip:
     def set_link(self, up: bool) -> None:
         """The cable is plugged in or not. A guest that looks afterwards hears of a loss even if it is over."""
         with self._lock:
+            self._signal_lost |= self._phy.link and not up
             self._phy.set_link(up)
-            self._signal_lost |= not up
 
     def set_bus_master(self, allowed: bool) -> None:
         """Whether the chip may reach memory."""
