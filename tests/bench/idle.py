@@ -5,24 +5,21 @@ On an ordinary KVM the same runs without the lab. It takes minutes, so it is onl
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from guests import lab, linux
+from guests import linux
 from guests.packages import RecipeError
-from pyvmm.core.kvm.system import kvm_kind
 from tests.bench.figures import Figure, Samples
 from tests.bench.idle_session import Guest
 from tests.bench.native import BenchError
+from tests.bench.session import run_session
 
 _SOURCE = Path(__file__).with_name("idle_guest.S")
 _TICK_HZ = 250
 _TICK_S, _LINUX_S = 5.0, 15.0
 _SETTLE_S = 5.0  # what a guest goes on beyond what is measured
-_LAB_S = 1800.0
 _FLAGS = ("-m32", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000,-n,--build-id=none,--no-warn-rwx-segments")
 _LINUX_SCRIPT = f"result idle 1\nsleep {_LINUX_S + _SETTLE_S:.0f}\nresult done 1\nsleep 1000\n"
 
@@ -58,21 +55,12 @@ def measure(folder: Path, rounds: int) -> list[Figure]:
     """Run all guests under both `rounds` times in turn. Raises BenchError."""
     results = folder / "idle"
     results.mkdir()
-    asked, found = results / "guests.json", results / "found.json"
     try:
         guests = _guests(results)
-        asked.write_text(json.dumps({name: asdict(guest) for name, guest in guests.items()}))
-        command = [sys.executable, "-m", "tests.bench.idle_session", str(asked), str(rounds), str(found)]
-        if kvm_kind() in ("kvm_amd", "kvm_intel"):
-            status = subprocess.run(command, check=False).returncode
-        else:
-            write = sys.stderr.buffer.write
-            status = lab.run(command, results=results, timeout=_LAB_S, on_stdout=write, on_stderr=write).returncode
-    except (lab.LabError, RecipeError) as error:
+    except RecipeError as error:
         raise BenchError(str(error)) from error
-    if status:
-        raise BenchError(f"the session with idle guests ended with status {status}")
-    taken = json.loads(found.read_text())
+    asked = {name: asdict(guest) for name, guest in guests.items()}
+    taken = run_session("tests.bench.idle_session", asked, results, str(rounds))
     figures = []
     for name in guests:
         ours, rival = (Samples(vmm, tuple(taken[name][vmm])) for vmm in ("pyvmm", "QEMU"))

@@ -5,21 +5,17 @@ On an ordinary KVM the same runs without the lab. It takes minutes, so it is onl
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from guests import lab, linux
+from guests import linux
 from guests.packages import RecipeError
-from pyvmm.core.kvm.system import kvm_kind
 from tests.bench.figures import Figure, Samples
 from tests.bench.native import BenchError
 from tests.bench.net_session import DIRECTIONS, Guest
+from tests.bench.session import run_session
 
 _TRANSFER_S = 5.0
-_LAB_S = 1800.0
 _SCRIPT = """
 for word in $(cat /proc/cmdline); do case $word in net=*) net=${word#net=} ;; esac; done
 ip link set lo up
@@ -49,21 +45,11 @@ def measure(folder: Path, rounds: int) -> list[Figure]:
     """Run the three guests side by side and have each transfer in turn. Raises BenchError."""
     results = folder / "net"
     results.mkdir()
-    asked, found = results / "guests.json", results / "found.json"
     try:
-        asked.write_text(json.dumps({name: asdict(guest) for name, guest in _guests().items()}))
-        command = [sys.executable, "-m", "tests.bench.net_session", str(asked), str(rounds), f"{_TRANSFER_S:g}"]
-        command.append(str(found))
-        if kvm_kind() in ("kvm_amd", "kvm_intel"):
-            status = subprocess.run(command, check=False).returncode
-        else:
-            write = sys.stderr.buffer.write
-            status = lab.run(command, results=results, timeout=_LAB_S, on_stdout=write, on_stderr=write).returncode
-    except (lab.LabError, RecipeError) as error:
+        asked = {name: asdict(guest) for name, guest in _guests().items()}
+    except RecipeError as error:
         raise BenchError(str(error)) from error
-    if status:
-        raise BenchError(f"the session with networked guests ended with status {status}")
-    taken = json.loads(found.read_text())
+    taken = run_session("tests.bench.net_session", asked, results, str(rounds), f"{_TRANSFER_S:g}")
     figures = []
     for way in DIRECTIONS:
         ours, virtio, legacy = (Samples(name, tuple(taken[way][name])) for name in (_OURS, _VIRTIO, _LEGACY))
