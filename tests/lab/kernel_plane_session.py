@@ -204,6 +204,11 @@ def test_an_interface_that_cannot_join_is_refused(make_rig: Callable[..., Rig], 
 
     assert refusal("up7") == "uplink up7: no interface with this name"
     assert "takes Ethernet interfaces only" in refusal("lo")
+    command("ip", "link", "add", 'up"*', "type", "dummy")
+    try:
+        assert "nftables cannot have rules" in refusal('up"*')
+    finally:
+        command("ip", "link", "del", 'up"*')
     assert "its MTU is 1500, the switch's 9000" in refusal("up0", mtu=9000)
     make_rig(name="other", type=SwitchType.EXTERNAL, interface="up0")
     assert "part of another bridge" in refusal("up0")

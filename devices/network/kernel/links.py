@@ -14,6 +14,7 @@ from typing import Any
 from pyroute2 import IPRoute, NetlinkError
 
 from devices.network.plane import PlaneError
+from devices.network.settings import MAX_VLAN, MIN_VLAN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 _FLAGS_SELF = 2
 _PVID, _UNTAGGED, _RANGE_BEGIN, _RANGE_END = 2, 4, 8, 16
 _NUD_PERMANENT = 0x80
-#: VLANs that a bridge can have.
-FIRST_VLAN, LAST_VLAN = 1, 4094
 
 
 @contextlib.contextmanager
@@ -120,7 +119,7 @@ class Links:
         wanted = [(untagged, untagged, _PVID | _UNTAGGED)] if untagged else []
         wanted += [(first, last, 0) for first, last in _runs(set(tagged) - {untagged})]
         with attempt(f"VLANs of {_name(index)}"):
-            everything = {"attrs": own + _vlan_range(FIRST_VLAN, LAST_VLAN, 0)}
+            everything = {"attrs": own + _vlan_range(MIN_VLAN, MAX_VLAN, 0)}
             self.route.vlan_filter("del", index=index, IFLA_AF_SPEC=everything)
             if wanted:
                 spec = [info for first, last, flags in wanted for info in _vlan_range(first, last, flags)]

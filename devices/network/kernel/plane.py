@@ -14,13 +14,13 @@ import sys
 
 from devices.network import sysctl, tap
 from devices.network.kernel import shaping, uplink
-from devices.network.kernel.links import FIRST_VLAN, LAST_VLAN, Links, attempt
+from devices.network.kernel.links import Links, attempt
 from devices.network.kernel.mirror import Mirror
 from devices.network.kernel.rules import Rules
 from devices.network.plane import DataPlane, Learned, PlaneError
 from devices.network.port import MAX_FRAME
 from devices.network.process_plane import host_mac
-from devices.network.settings import PortSettings, PortStatistics, VlanMode
+from devices.network.settings import MAX_VLAN, MIN_VLAN, PortSettings, PortStatistics, VlanMode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from devices.network.definition import SwitchDefinition
 
 #: The bridge's number for the VLAN without one.
-UNNUMBERED = LAST_VLAN
+UNNUMBERED = MAX_VLAN
 
 
 class _Port:
@@ -111,7 +111,7 @@ class KernelPlane(DataPlane):
         if outside is not None:
             self._rules.add_uplink(outside.name)
             outside.join(self._index)
-            links.set_vlans(outside.index, UNNUMBERED, range(FIRST_VLAN, UNNUMBERED))
+            links.set_vlans(outside.index, UNNUMBERED, range(MIN_VLAN, UNNUMBERED))
         if hosted:
             self.host_interface = self._bridge
 

@@ -1,12 +1,13 @@
-"""The host's interface that joins an external switch, and what it carries while it shares itself with the host.
+"""The host's interface that joins an external switch.
 
-While an interface is a bridge's port, what comes by it is the bridge's; so the host's addresses and routes are of use
-only on the bridge.
+What comes by a bridge's port is the bridge's, so the host's addresses and routes are of use only there: they move to
+the bridge, and back when the interface leaves it.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Any
 
 from devices.network import sysctl
@@ -17,12 +18,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: Within quotes nft takes it as it is.
+_NAME = re.compile(r"[A-Za-z0-9_.@-]+")
 _ARPHRD_ETHER = 1
 _TABLE_LOCAL = 255
 _PROTO_KERNEL = 2
 _LINK_SCOPE = 253
-_IFA_F_NODAD, _IFA_F_TENTATIVE, _IFA_F_PERMANENT = 0x02, 0x40, 0x80
-_IFA_F_NOPREFIXROUTE = 0x200
+_IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
 _RTN_UNICAST = 1
 #: Attributes of a route that it has on another interface too.
 _ROUTE = ("RTA_DST", "RTA_GATEWAY", "RTA_PREFSRC", "RTA_PRIORITY", "RTA_TABLE", "RTA_PREF")
@@ -53,6 +55,8 @@ class Uplink:
             raise PlaneError(
                 f"{where}: its MTU is {found.get('IFLA_MTU')}, the switch's {mtu}: ip link set {self.name} mtu {mtu}"
             )
+        if not _NAME.fullmatch(self.name):
+            raise PlaneError(f"{where}: nftables cannot have rules for an interface of that name")
         addresses = [_text(each) for each in addresses_of(self._links, self.index)]
         if addresses and not share:
             raise PlaneError(
@@ -64,21 +68,19 @@ class Uplink:
 
     def join(self, bridge: int) -> None:
         """Become a port of `bridge`, which is up; what it carries moves there."""
-        routes, addresses = routes_of(self._links, self.index), addresses_of(self._links, self.index)
-        sysctl.put(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
         self._links.set(self.index, master=bridge, state="up")
-        _move(self._links, self.index, bridge, addresses, routes)
+        _move(self._links, self.index, bridge)
+        sysctl.put(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
 
 
 def leave(links: Links, name: str, bridge: int) -> None:
-    """Have the port `name` leave `bridge`, with what that carries."""
+    """Have the port `name` leave `bridge`, and take along what that carries; raises PlaneError."""
     found = links.find(name)
     if found is None:
         return
-    routes, addresses = routes_of(links, bridge), addresses_of(links, bridge)
-    links.set(found["index"], master=0)
     sysctl.put(f"net/ipv6/conf/{name}/disable_ipv6", sysctl.get("net/ipv6/conf/default/disable_ipv6") or "0")
-    _move(links, bridge, found["index"], addresses, routes)
+    _move(links, bridge, found["index"])
+    links.set(found["index"], master=0)
 
 
 def addresses_of(links: Links, index: int) -> list[Any]:
@@ -87,12 +89,8 @@ def addresses_of(links: Links, index: int) -> list[Any]:
         return [each for each in links.route.get_addr(index=index) if each["scope"] != _LINK_SCOPE]
 
 
-def routes_of(links: Links, index: int) -> list[Any]:
-    """The routes by an interface but those that come and go with its addresses."""
-    return [route for route in _routes(links) if route.get("RTA_OIF") == index]
-
-
 def _routes(links: Links) -> list[Any]:
+    """All but those that come and go with addresses."""
     with attempt("routes"):
         return [
             route
@@ -112,9 +110,10 @@ def _leads_to(hop: Any, index: int) -> bool:
     return bool(hop["oif"] == index)
 
 
-def _move(links: Links, source: int, to: int, addresses: list[Any], routes: list[Any]) -> None:
-    for address in addresses:
-        _try(links, "del", address, source)
+def _move(links: Links, source: int, to: int) -> None:
+    """Whatever ends this halfway, nothing is on neither."""
+    addresses = addresses_of(links, source)
+    routes = [route for route in _routes(links) if route.get("RTA_OIF") == source]
     for address in addresses:
         with attempt(f"address {_text(address)}"):
             _add_address(links, address, to)
@@ -122,15 +121,9 @@ def _move(links: Links, source: int, to: int, addresses: list[Any], routes: list
     for route in sorted(routes, key=lambda each: (each.get("RTA_GATEWAY") is not None, -each["dst_len"])):
         with attempt(f"route to {route.get('RTA_DST') or 'everywhere'}"):
             links.route.route("replace", **_route(route, to))
-
-
-def _try(links: Links, command: str, address: Any, index: int) -> None:
-    """Do what may have happened by itself."""
-    try:
-        with attempt("address"):
-            links.route.addr(command, index=index, address=_address(address), prefixlen=address["prefixlen"])
-    except PlaneError:
-        pass
+    for address in addresses:
+        with attempt(f"address {_text(address)}"):
+            links.route.addr("del", index=source, address=_address(address), prefixlen=address["prefixlen"])
 
 
 def _add_address(links: Links, address: Any, to: int) -> None:
