@@ -121,7 +121,7 @@ def _move(links: Links, source: int, to: int) -> None:
     for route in sorted(routes, key=lambda each: (each.get("RTA_GATEWAY") is not None, -each["dst_len"])):
         with attempt(f"route to {route.get('RTA_DST') or 'everywhere'}"):
             links.route.route("replace", **_route(route, to))
-    for address in addresses:
+    for address in reversed(addresses):  # the first of a network takes the others along
         with attempt(f"address {_text(address)}"):
             links.route.addr("del", index=source, address=_address(address), prefixlen=address["prefixlen"])
 
