@@ -380,7 +380,7 @@ class Switch:
     def __init__(self, mtu: int = 1500, /, *, manual_time: bool = False, patient: bool = False) -> None:
         """`mtu` is the most payload of a frame. With `manual_time` it is the time that `set_time` says.
 
-        A `patient` switch reads from no port while frames wait for another, and so loses none: for pairs of ports.
+        A `patient` switch reads from no port while many frames wait for another, and so loses none: for pairs of ports.
         """
 
     def add_port(

@@ -39,8 +39,9 @@ enum {
 	// What may wait for a port: all of this, or where there is a limit what that passes in QUEUE_NS, but some.
 	QUEUE_BYTES = 512 << 10,
 	QUEUE_LEAST = 128 << 10,
-	// Of a patient switch: more than a batch of the largest frames cut into segments.
-	QUEUE_PATIENT = 4 << 20,
+	// Of a patient switch, which reads no more from others once half of it waits: the windows of a guest's TCP, and a
+	// batch of the largest frames cut into segments.
+	QUEUE_PATIENT = 8 << 20,
 
 	TABLE_SETS = 1024,
 	TABLE_WAYS = 8,

@@ -120,7 +120,7 @@ void switch_watch(SwitchObject *self)
 bool port_held(const SwitchObject *self, const struct switch_port *port)
 {
 	for (unsigned i = 0; self->patient && i < self->count; i++) {
-		if (self->ports[i] != port && self->ports[i]->first)
+		if (self->ports[i] != port && self->ports[i]->waiting > self->ports[i]->most / 2)
 			return true;
 	}
 	return false;
