@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,6 +123,9 @@ def outside() -> Iterator[socket.socket]:
             space.command("sysctl", "-qw", "net.ipv6.conf.far0.disable_ipv6=1")
             space.command("ip", "link", "set", "far0", "up")
             command("ip", "link", "set", "up0", "up")
+            deadline = time.monotonic() + PATIENCE_S
+            while "state UP" not in command("ip", "link", "show", "dev", "up0"):
+                assert time.monotonic() < deadline, "the cable gets no carrier"
             kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
             with space.run(lambda: socket.socket(socket.AF_PACKET, kind)) as packets:
                 packets.setsockopt(_SOL_PACKET, _AUXDATA, 1)

@@ -9,6 +9,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,7 @@ from devices.network.process_plane import ProcessPlane, make_tap, open_packets
 from pyvmm.core._hot import Switch
 from tests.fakes import frames
 from tests.fakes.netns import NetworkNamespace
-from tests.fakes.plane_rig import Rig
+from tests.fakes.plane_rig import PATIENCE_S, Rig
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 
@@ -174,8 +175,13 @@ def join(host: NetworkNamespace, network: NetworkNamespace) -> None:
     """An Ethernet cable from ``uplink`` of the host to ``peer`` of the network, both up and silent."""
     host.command("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "peer")
     host.command("ip", "link", "set", "peer", "netns", f"/proc/{os.getpid()}/fd/{network.fd}")
-    for space, name in ((host, "uplink"), (network, "peer")):
+    ends = ((host, "uplink"), (network, "peer"))
+    for space, name in ends:
         space.command("ip", "link", "set", name, "addrgenmode", "none", "up")
+    # An end sends nothing until the kernel has looked at its carrier, which it does when it finds time.
+    deadline = time.monotonic() + PATIENCE_S
+    while not all("state UP" in space.command("ip", "link", "show", "dev", name) for space, name in ends):
+        assert time.monotonic() < deadline, "the cable gets no carrier"
 
 
 # The plane --------------------------------------------------------------------------------------------
