@@ -66,3 +66,18 @@ def test_image_that_another_wrote_stands_power_cuts() -> None:
         return reopen(file)
 
     check_crashes(make, reopen, WINDOWS, SIZES, examples=40)
+
+
+def test_image_whose_resize_was_interrupted_stands_power_cuts() -> None:
+    """Its only footer stands where the new end would have been."""
+
+    def make(file: CrashFile) -> Disk:
+        disk = create(file, SIZE, kind="fixed", block_size=BLOCK)
+        footer = file.read_bytes(SIZE, SECTOR)
+        file.write_bytes(SIZE + 2 * BLOCK, footer)
+        file.write_zeros(SIZE, 2 * BLOCK)
+        file.flush()
+        del disk
+        return reopen(file)
+
+    check_crashes(make, reopen, WINDOWS, SIZES, examples=40)

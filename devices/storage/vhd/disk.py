@@ -130,6 +130,11 @@ class FixedVhd(VhdDisk):
         """Let a footer with the old size stand at the new end, before the old one becomes zeros of the disk."""
         self._new_size(size)
         file, old = self.file, self._footer
+        if file.size() > self.size + SECTOR:  # an earlier one was interrupted: its footer is no end to begin from
+            file.write_bytes(self.size, old.pack())
+            file.flush()
+            file.truncate(self.size + SECTOR)
+            file.flush()
         place = max(size, file.size() - SECTOR)
         file.write_bytes(place, old.pack())
         file.flush()
