@@ -274,9 +274,9 @@ class NetDevice:
 class NetQueue:
     """The data of one channel of a synthetic NIC; used as ``channel.make_engine(partial(NetQueue, device, index))``.
 
-    RNDIS packets (NVSP message 107, channel type 0) and completions of what was received (108) are dealt with here,
-    all else is left to Python. Queue 0 also reads the port, and deals frames out to the rings of all. A guest that
-    breaks the protocol makes `serve` raise RingError. A new queue takes the place of the channel's one before.
+    RNDIS packets (NVSP message 107, channel type 0) and completions of what was received (108, or empty) are dealt with
+    here, all else is left to Python. Queue 0 also reads the port, and deals frames out to the rings of all. A guest
+    that breaks the protocol makes `serve` raise RingError. A new queue takes the place of the channel's one before.
 
     To be used with ``channel.use_engine(queue, queue.event)``.
     """

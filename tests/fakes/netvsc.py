@@ -84,6 +84,8 @@ class NetVsc:
         self.indications: list[tuple[int, bytes]] = []
         #: In-band messages of the host.
         self.notices: list[bytes] = []
+        #: Whether completions of what was received say nothing, as iPXE's.
+        self.empty_completions = False
         #: Whether sections of the receive buffer are given back.
         self.gives_back = True
         self.held: list[tuple[int, int]] = []
@@ -152,7 +154,8 @@ class NetVsc:
     def give_back(self, transaction_id: int, channel: int = 0) -> None:
         """Complete what was received."""
         payload = struct.pack("<II", RNDIS_PACKET_COMPLETE, SUCCESS).ljust(self.message_size, b"\0")
-        self.channels[channel].send((PACKET_COMPLETION, 0, transaction_id, b"", payload))
+        packet = PACKET_COMPLETION, 0, transaction_id, b"", b"" if self.empty_completions else payload
+        self.channels[channel].send(packet)
 
     def _rndis(self, message: bytes, channel_type: int) -> None:
         kind, size = struct.unpack_from("<II", message)
@@ -456,8 +459,9 @@ def start_windows(driver: NetVsc) -> None:
 
 
 def start_ipxe(driver: NetVsc) -> None:
-    """Bring a NIC up as iPXE does: version 2, NDIS 6.1, a small receive buffer, no send buffer, no offloads."""
-    driver.negotiate((V2,))
+    """Bring a NIC up as iPXE does: version 1, NDIS 6.1, a small receive buffer, no send buffer, no offloads."""
+    driver.empty_completions = True
+    driver.negotiate((V1,))
     driver.configure(capabilities=0, ndis=(6, 1))
     assert driver.lend_receive_buffer() == SUCCESS
     driver.initialize()

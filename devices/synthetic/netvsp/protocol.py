@@ -12,7 +12,7 @@ from enum import IntEnum
 #: The channel type of a synthetic NIC.
 INTERFACE_TYPE = "f8615163-df3e-46c5-913f-f2d2f965ed0e"
 
-#: Protocol versions: Windows Server 2008, 2008 R2 (and iPXE), 2012, 2012 R2, 2016, 2019.
+#: Protocol versions: Windows Server 2008 (and iPXE), 2008 R2, 2012, 2012 R2, 2016, 2019.
 V1, V2, V4, V5, V6, V6_1 = 0x00002, 0x30002, 0x40000, 0x50000, 0x60000, 0x60001
 VERSIONS = (V1, V2, V4, V5, V6, V6_1)
 

@@ -130,10 +130,14 @@ static enum taken deal(NetQueueObject *queue, struct net_outcome *outcome)
 	const uint8_t *payload = queue->packet + (queue->head.header - RING_DESCRIPTOR_SIZE);
 	uint32_t size = queue->head.length - queue->head.header;
 	if (descriptor->type == PACKET_COMPLETION) {
-		if (size < 8 || get_le32(payload) != NVSP_RNDIS_COMPLETE)
+		// iPXE's are empty, so that only the transaction tells what they are of.
+		if (size && (size < 8 || get_le32(payload) != NVSP_RNDIS_COMPLETE))
 			return TAKEN_SLOW;
-		if (!net_receive_completed(queue, descriptor->transaction_id))
-			outcome->broken = "a completion of what is not under way";
+		if (net_receive_completed(queue, descriptor->transaction_id))
+			return TAKEN_ALL;
+		if (!size)
+			return TAKEN_SLOW;
+		outcome->broken = "a completion of what is not under way";
 		return TAKEN_ALL;
 	}
 	if ((descriptor->type != PACKET_INBAND && descriptor->type != PACKET_GPA_DIRECT) || size < RNDIS_MESSAGE ||
