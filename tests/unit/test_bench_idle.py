@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from guests import lab, linux
-from tests.bench import idle
+from tests.bench import idle, session
 from tests.bench.idle_session import Guest
 from tests.bench.native import BenchError
 
@@ -20,7 +20,7 @@ CONSOLE = Path("/tmp/com1")
 def _no_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     images = linux.Images(Path("bzImage"), Path("vmlinux"), Path("initrd"))
     monkeypatch.setattr(linux, "build", lambda script: images)
-    monkeypatch.setattr(idle, "kvm_kind", lambda: "kvm_pvm")
+    monkeypatch.setattr(session, "kvm_kind", lambda: "kvm_pvm")
 
 
 def test_each_guest_is_a_figure_with_the_samples_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
