@@ -194,12 +194,12 @@ def life(vmlinux: str, initrd: str, data: str) -> dict[str, Any]:
     serve = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--interface=lan", "--enable-ra"]
     serve += ["--bind-interfaces", "--dhcp-range=10.9.0.100,10.9.0.200", "--dhcp-range=fd09::,ra-only"]
     server = subprocess.Popen([*serve, "--dhcp-leasefile=/tmp/network/leases"])
-    megabytes = Path(data).stat().st_size >> 20
+    megabytes = Path(data).stat().st_size >> 20  # the guest keeps them in a file system that half of its memory may hold
     vm = ShellVm(
         FOLDER,
         500 + megabytes,
         *("--kernel", vmlinux, "--initrd", initrd, "--cmdline", "console=ttyS0 quiet panic=-1"),
-        *("--cpus", str(VPS), "--memory", f"{384 + megabytes}M"),
+        *("--cpus", str(VPS), "--memory", f"{384 + 2 * megabytes}M"),
         *("--nic", f"tap=lan,mac={MAC}", "--nic", f"tap=old,type=legacy,mac={LEGACY_MAC}"),
     )
     found: dict[str, Any] = {}
