@@ -194,7 +194,7 @@ def life(vmlinux: str, initrd: str, data: str) -> dict[str, Any]:
     serve = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--interface=lan", "--enable-ra"]
     serve += ["--bind-interfaces", "--dhcp-range=10.9.0.100,10.9.0.200", "--dhcp-range=fd09::,ra-only"]
     server = subprocess.Popen([*serve, "--dhcp-leasefile=/tmp/network/leases"])
-    megabytes = Path(data).stat().st_size >> 20  # the guest keeps them in a file system that half of its memory may hold
+    megabytes = Path(data).stat().st_size >> 20  # the guest keeps them in a tmpfs, which takes half its memory
     vm = ShellVm(
         FOLDER,
         500 + megabytes,
