@@ -71,16 +71,17 @@ def iperf(address: str, *options: str) -> dict[str, Any]:
 def transfers(vm: ShellVm, guest: str, data: Path) -> dict[str, Any]:
     """The file to the guest and back by TCP, in one stream each."""
     found: dict[str, Any] = {}
-    number = vm.send(f"timeout {PATIENCE_S:.0f} nc -l -p {_PORT} >/tmp/data")
+    patience = PATIENCE_S + (data.stat().st_size >> 20)
+    number = vm.send(f"timeout {patience:.0f} nc -l -p {_PORT} >/tmp/data")
     start = time.monotonic()
-    with connected(guest) as stream, data.open("rb") as file:
+    with connected(guest, patience) as stream, data.open("rb") as file:
         stream.sendfile(file)
         stream.shutdown(socket.SHUT_WR)
         stream.recv(1)
     found["there_seconds"], found["there"] = time.monotonic() - start, vm.wait(number)
     found["guest_sum"] = vm.says("sha256sum /tmp/data").split(" ")[0]
     with socket.create_server((HOST, _PORT)) as server, (RESULTS / "returned").open("wb") as file:
-        server.settimeout(PATIENCE_S)
+        server.settimeout(patience)
         start = time.monotonic()
         number = vm.send(f"nc {HOST} {_PORT} </tmp/data")
         with server.accept()[0] as stream, stream.makefile("rb") as reader:
@@ -90,12 +91,12 @@ def transfers(vm: ShellVm, guest: str, data: Path) -> dict[str, Any]:
     return found
 
 
-def connected(guest: str) -> socket.socket:
+def connected(guest: str, patience: float) -> socket.socket:
     """A connection to the port on which the guest is about to listen."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return socket.create_connection((guest, _PORT), timeout=PATIENCE_S)
+            return socket.create_connection((guest, _PORT), timeout=patience)
         except ConnectionRefusedError:
             if time.monotonic() >= deadline:
                 raise
