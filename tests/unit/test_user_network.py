@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import stat
 import subprocess
@@ -219,6 +220,19 @@ def test_passt_ends_with_a_vm_that_is_killed(host: NetworkNamespace) -> None:
     with vm:
         assert vm.stdout.readline() == b"up\n"
         (passt,) = passts(host)
+        vm.kill()
+    wait_for_end(passt)
+
+
+def test_a_passt_that_hears_of_nothing_ends_with_a_vm_that_is_killed(host: NetworkNamespace) -> None:
+    code = "from devices.network.user import UserPort; port = UserPort(()); print('up', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    vm = host.run(lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    assert vm.stdin is not None and vm.stdout is not None
+    with vm:
+        assert vm.stdout.readline() == b"up\n"
+        (passt,) = passts(host)
+        os.kill(passt, signal.SIGSTOP)
         vm.kill()
     wait_for_end(passt)
 
